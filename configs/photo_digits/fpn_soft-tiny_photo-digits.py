@@ -1,0 +1,44 @@
+_base_ = [
+    '../_base_/models/fpn_soft-tiny.py',
+    '../_base_/default_runtime_mmseg.py',
+    '../_base_/datasets/photo_digits_semantic.py',
+    '../_base_/schedules/adamw_cosine_iters.py',
+]
+
+# The classifier of soft-tiny_photo-digits-crops.py, where the demo leaves it.
+pretrained = 'work_dirs/demo/classification/last.pth'
+max_iters = 400
+channels = 128
+
+model = dict(
+    backbone=dict(
+        img_size=64,
+        attention=dict(solver='cholesky'),
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained, prefix='backbone.'),
+    ),
+    neck=dict(out_channels=channels),
+    # Most pixels are background: without class weights the head learns nothing else.
+    decode_head=dict(
+        in_channels=[channels] * 4,
+        channels=channels,
+        dropout_ratio=0.0,
+        num_classes=11,
+        norm_cfg=dict(type='BN'),
+        loss_decode=dict(class_weight=[0.3] + [2.0] * 10),
+    ),
+)
+optim_wrapper = dict(
+    optimizer=dict(lr=2e-4),
+    paramwise_cfg=dict(custom_keys=dict(decode_head=dict(lr_mult=3.0), neck=dict(lr_mult=3.0))),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=60),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.02, by_epoch=False, begin=60, end=max_iters),
+]
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=50, max_keep_ckpts=1),
+)
+log_processor = dict(by_epoch=False)
+randomness = dict(seed=0)

@@ -1,0 +1,53 @@
+_base_ = [
+    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    'mmdet::_base_/default_runtime.py',
+    '../_base_/datasets/photo_digits_instances.py',
+    '../_base_/schedules/adamw_cosine_iters.py',
+]
+
+# The classifier of soft-tiny_photo-digits-crops.py, where the demo leaves it.
+pretrained = 'work_dirs/demo/classification/last.pth'
+max_iters = 400
+channels = 128
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='soft_mm.SOFT',
+        arch='tiny',
+        img_size=64,
+        attention=dict(solver='cholesky'),
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained, prefix='backbone.'),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512], out_channels=channels, num_outs=4),
+    rpn_head=dict(
+        in_channels=channels,
+        feat_channels=channels,
+        anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32]),
+    ),
+    # One box and one mask for all classes, and narrow heads: digits are small and alike in outline.
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=channels, finest_scale=28),
+        bbox_head=dict(in_channels=channels, fc_out_channels=512, num_classes=10, reg_class_agnostic=True),
+        mask_roi_extractor=dict(out_channels=channels, finest_scale=28),
+        mask_head=dict(
+            num_convs=2, in_channels=channels, conv_out_channels=channels, num_classes=10, class_agnostic=True
+        ),
+    ),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=500, max_per_img=300),
+        rcnn=dict(sampler=dict(num=128)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=300)),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=60),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.02, by_epoch=False, begin=60, end=max_iters),
+]
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=50, max_keep_ckpts=1),
+)
+log_processor = dict(by_epoch=False)
+randomness = dict(seed=0)

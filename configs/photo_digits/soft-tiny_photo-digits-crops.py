@@ -1,0 +1,37 @@
+_base_ = [
+    'mmpretrain::_base_/default_runtime.py',
+    '../_base_/datasets/photo_digits_crops.py',
+    '../_base_/schedules/adamw_cosine_iters.py',
+]
+
+max_iters = _base_.fade_in_iters + _base_.full_iters
+
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='soft_mm.SOFT',
+        arch='tiny',
+        img_size=64,
+        out_indices=(3,),
+        out_type='cls_token',
+        attention=dict(solver='cholesky'),
+    ),
+    head=dict(
+        type='LinearClsHead',
+        num_classes=10,
+        in_channels=512,
+        loss=dict(type='CrossEntropyLoss'),
+        topk=(1,),
+    ),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=60),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.02, by_epoch=False, begin=60, end=max_iters),
+]
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=50, max_keep_ckpts=1),
+)
+log_processor = dict(by_epoch=False)
+randomness = dict(seed=0)

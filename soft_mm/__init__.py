@@ -1,0 +1,22 @@
+"""SOFT, the softmax-free transformer, for the OpenMMLab toolboxes. Importing it needs torch and mmengine only."""
+
+from .version import __version__
+
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':
+        raise
+    raise ModuleNotFoundError(
+        "soft_mm needs mmengine: install it with the toolboxes by `pip install 'soft_mm[maintained]'` (onedl-*) or "
+        "`pip install 'soft_mm[original]'` (OpenMMLab's own), or alone by `pip install onedl-mmengine` or `pip install mmengine`",
+        name='mmengine',
+    ) from error
+
+try:
+    from .models import SOFT, SoftmaxFreeAttention
+except (ImportError, AttributeError) as error:
+    # mmengine's registry swallows these two while it imports a plugin, and then says that SOFT is not in the registry.
+    raise RuntimeError(f'soft_mm could not be imported: {type(error).__name__}: {error}') from error
+
+__all__ = ['SOFT', 'SoftmaxFreeAttention', '__version__']

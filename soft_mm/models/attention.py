@@ -1,0 +1,180 @@
+"""Attention modules: softmax-free attention of stages 1 to 3, and the multi-head attention of stage 4.
+
+An attention of stages 1 to 3 is built as ``Type(embed_dims, num_heads, ratio, conv_size, **own_options)`` and called as
+``module(tokens, grid)``, tokens ``(B, H * W, C)`` in and out.
+"""
+
+import inspect
+
+import torch.nn as nn
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+
+from soft_mm import ops
+from soft_mm.ops.attention import check_solver
+from soft_mm.registry import MODELS
+
+DEFAULT_ATTENTION = dict(
+    type='SoftmaxFreeAttention',
+    normalized=False,
+    solver='newton',
+    newton_iterations=20,
+    newton_backward='one_step',
+    max_landmarks=None,
+)
+_SHARED_OPTIONS = ('embed_dims', 'num_heads', 'ratio', 'conv_size', 'init_cfg')
+
+
+@MODELS.register_module()
+class SoftmaxFreeAttention(BaseModule):
+    """Attention with a Gaussian kernel in place of softmax, linear in the tokens while the landmarks are held.
+
+    Queries and keys are one projection, so that the kernel is symmetric. Landmarks are sampled by a strided convolution; see
+    :func:`soft_mm.ops.softmax_free_attention` and :func:`soft_mm.ops.normalized_softmax_free_attention`. A depthwise convolution of
+    the values is added per head.
+
+    Sources: SOFT (arXiv:2110.11945, section 3), SOFT++ (arXiv:2207.03341, section 3).
+
+    Args:
+        embed_dims (int): channels ``C`` of the tokens.
+        num_heads (int): heads, a divisor of ``embed_dims``.
+        ratio (int): side of the patch of tokens that becomes one landmark.
+        conv_size (int): side of the filters of the local branch, odd.
+        normalized (bool): the symmetrically normalised attention of SOFT++. Defaults to False.
+        solver (str): ``'newton'``, the authors' truncated Newton inverse, or ``'cholesky'``, the ridge inverse solved directly.
+            Defaults to ``'newton'``.
+        newton_iterations (int): iterations of ``'newton'``. Defaults to 20.
+        newton_backward (str): gradient of the plain ``'newton'`` form: ``'one_step'``, the authors', or ``'exact'``. Every other form
+            differentiates what it computed. Defaults to ``'one_step'``.
+        max_landmarks (int | None): bound on the number of landmarks, by average pooling of their grid. None is the authors' behaviour:
+            the landmarks grow with the tokens. Defaults to None.
+        init_cfg (dict | None): mmengine's. Defaults to None.
+
+    Raises:
+        ValueError: for an option out of its range.
+    """
+
+    def __init__(
+        self,
+        embed_dims,
+        num_heads,
+        ratio,
+        conv_size,
+        normalized=False,
+        solver='newton',
+        newton_iterations=20,
+        newton_backward='one_step',
+        max_landmarks=None,
+        init_cfg=None,
+    ):
+        super().__init__(init_cfg)
+        check_solver(solver, newton_iterations, newton_backward)
+        if not isinstance(normalized, bool):
+            raise ValueError(f'normalized={normalized!r} must be True or False')
+        if max_landmarks is not None and (
+            not isinstance(max_landmarks, int) or isinstance(max_landmarks, bool) or max_landmarks < 1
+        ):
+            raise ValueError(f'max_landmarks={max_landmarks!r} must be None (no bound) or a whole number from 1 up')
+        self.num_heads = num_heads
+        self.head_dims = embed_dims // num_heads
+        self.normalized = normalized
+        self.solver = solver
+        self.newton_iterations = newton_iterations
+        self.newton_backward = newton_backward
+        self.max_landmarks = max_landmarks
+        self.qv = nn.Linear(embed_dims, 2 * embed_dims)
+        self.landmark = nn.Conv2d(self.head_dims, self.head_dims, ratio, stride=ratio, bias=False)
+        self.landmark_norm = nn.LayerNorm(self.head_dims)
+        self.local = nn.Conv2d(num_heads, num_heads, conv_size, padding=conv_size // 2, groups=num_heads, bias=False)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def attend(self, q, v, grid):
+        """The attention core, without projections and local branch.
+
+        Args:
+            q (Tensor): queries as projected, ``(B, h, n, d)``.
+            v (Tensor): values ``(B, h, n, d)``.
+            grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
+
+        Returns:
+            Tensor: ``(B, h, n, d)``.
+        """
+        q = q * self.head_dims**-0.25
+        norm = self.landmark_norm
+        landmarks, landmark_grid = ops.conv_landmarks(q, grid, self.landmark.weight, norm.weight, norm.bias, norm.eps)
+        landmarks, merged = ops.pool_landmarks(landmarks, landmark_grid, self.max_landmarks)
+        inverse = dict(solver=self.solver, newton_iterations=self.newton_iterations)
+        if self.normalized:
+            # Each pooled landmark stands for `merged` of them, whose rows the degree would have summed.
+            return ops.normalized_softmax_free_attention(q, landmarks, v, degree_scale=merged, **inverse)
+        return ops.softmax_free_attention(q, landmarks, v, newton_backward=self.newton_backward, **inverse)
+
+    def forward(self, x, grid):
+        """Tokens ``(B, n, C)`` on ``grid`` in, tokens ``(B, n, C)`` out."""
+        q, v = self.qv(x).chunk(2, dim=-1)
+        heads = (*x.shape[:2], self.num_heads, self.head_dims)
+        out = self.attend(q.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2), grid)
+        out = out.transpose(1, 2).reshape(x.shape) + ops.local_branch(v, grid, self.local.weight)
+        return self.proj(out)
+
+    def extra_repr(self):
+        return ', '.join(f'{key}={getattr(self, key)!r}' for key in ('num_heads', *DEFAULT_ATTENTION) if key != 'type')
+
+
+class MultiheadAttention(BaseModule):
+    """Ordinary softmax attention of stage 4, through PyTorch's scaled dot-product attention.
+
+    Args:
+        embed_dims (int): channels ``C``.
+        num_heads (int): heads, a divisor of ``embed_dims``.
+        drop_rate (float): dropout of the output. Defaults to 0.
+    """
+
+    def __init__(self, embed_dims, num_heads, drop_rate=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x):
+        """Tokens ``(B, n, C)`` in and out."""
+        B, n, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, n, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.drop(self.proj(out.transpose(1, 2).reshape(B, n, C)))
+
+
+def _registered_attentions():
+    names = {*MODELS.module_dict, *(MODELS.parent.module_dict if MODELS.parent else {})}
+    return sorted(name for name in names if name.endswith('Attention'))
+
+
+def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
+    """Build the attention of one stage from its config.
+
+    Args:
+        cfg (dict): ``type``, a registered name or a class, and its own options. Keys left out take the type's defaults, and the type
+            itself ``'SoftmaxFreeAttention'``.
+        embed_dims (int): channels.
+        num_heads (int): heads.
+        ratio (int): side of a landmark's patch.
+        conv_size (int): side of the local filters.
+
+    Raises:
+        ValueError: if ``cfg`` is no dict, or for an unknown type or a value out of range.
+        TypeError: for a key that the type does not have.
+    """
+    if not isinstance(cfg, dict):
+        raise ValueError(f'attention={cfg!r} must be a dict, or a list of three dicts, one per stage')
+    options = dict(cfg)
+    kind = options.pop('type', DEFAULT_ATTENTION['type'])
+    cls = kind if inspect.isclass(kind) else MODELS.get(kind)
+    if cls is None:
+        raise ValueError(f'attention type {kind!r} is unknown; registered are {_registered_attentions()}')
+    parameters = inspect.signature(cls).parameters
+    own = [name for name in parameters if name not in _SHARED_OPTIONS]
+    unknown = sorted(set(options) - set(parameters) | set(options) & set(_SHARED_OPTIONS[:4]))
+    if unknown:
+        raise TypeError(f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *own]}')
+    return cls(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size, **options)

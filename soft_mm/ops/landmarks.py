@@ -1,0 +1,82 @@
+"""Landmark (bottleneck) tokens: a few tokens per head that stand for all."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .kernel import compute_dtype
+
+
+def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
+    """Sample landmarks by a strided convolution: ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.3).
+
+    The patches do not overlap, so the convolution is one matrix product over flattened patches. A remainder of the grid beyond a
+    whole number of patches is left out; a side shorter than one patch is stretched to one by nearest neighbours, so that there is
+    always a landmark.
+
+    Args:
+        q (Tensor): scaled queries ``(B, h, n, d)`` with ``n = H * W``.
+        grid (tuple[int, int]): ``(H, W)``.
+        weight (Tensor): ``(d, d, r, r)``, kernel and stride ``r``, shared by the heads.
+        norm_weight (Tensor): ``(d,)``.
+        norm_bias (Tensor): ``(d,)``.
+        eps (float): of the LayerNorm.
+
+    Returns:
+        tuple[Tensor, tuple[int, int]]: landmarks ``(B, h, m, d)`` in float32 or wider, and their grid
+        ``(max(H // r, 1), max(W // r, 1))``.
+    """
+    (B, heads, _, d), (H, W), r = q.shape, grid, weight.shape[-1]
+    out_h, out_w = max(H // r, 1), max(W // r, 1)
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = compute_dtype(q)
+        maps = q.to(dtype).reshape(B, heads, H, W, d)
+        for dim, side in ((2, H), (3, W)):
+            if side < r:
+                maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
+        patches = maps[:, :, : out_h * r, : out_w * r].reshape(B, heads, out_h, r, out_w, r, d)
+        patches = patches.transpose(3, 4).reshape(B, heads, out_h * out_w, r * r * d)
+        tokens = F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1))
+        tokens = F.layer_norm(tokens, (d,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
+        return F.gelu(tokens), (out_h, out_w)
+
+
+def pooled_grid(grid, max_landmarks):
+    """The grid of at most ``max_landmarks`` cells that keeps the aspect of ``grid`` as nearly as whole numbers allow.
+
+    Args:
+        grid (tuple[int, int]): ``(H, W)`` of the landmarks.
+        max_landmarks (int): at least 1.
+
+    Returns:
+        tuple[int, int]: ``grid`` itself where it has no more cells than that.
+    """
+    H, W = grid
+    if H * W <= max_landmarks:
+        return grid
+    short, long = min(H, W), max(H, W)
+    short_out = max(1, int(short * math.sqrt(max_landmarks / (H * W))))
+    long_out = min(long, max_landmarks // short_out)
+    return (short_out, long_out) if H <= W else (long_out, short_out)
+
+
+def pool_landmarks(landmarks, grid, max_landmarks):
+    """Average landmarks over the cells of a coarser grid, so that at most ``max_landmarks`` remain.
+
+    Args:
+        landmarks (Tensor): ``(B, h, M, d)``.
+        grid (tuple[int, int]): their grid, ``M`` cells.
+        max_landmarks (int | None): ``None`` keeps all.
+
+    Returns:
+        tuple[Tensor, float]: ``(B, h, m, d)``, and ``M / m``, the number of landmarks that one of them now stands for. With
+        ``M <= max_landmarks`` the very tensor that was given, and 1.
+    """
+    B, heads, count, d = landmarks.shape
+    if max_landmarks is None or count <= max_landmarks:
+        return landmarks, 1.0
+    maps = landmarks.reshape(B * heads, *grid, d).permute(0, 3, 1, 2)
+    pooled = F.adaptive_avg_pool2d(maps, pooled_grid(grid, max_landmarks))
+    pooled = pooled.flatten(2).transpose(1, 2).reshape(B, heads, -1, d)
+    return pooled, count / pooled.shape[2]
