@@ -201,7 +201,7 @@ class SOFT(BaseModule):
         self.with_cp = with_cp
 
         dims, heads, depths = (self.arch[key] for key in ('embed_dims', 'num_heads', 'depths'))
-        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        drop_paths = (drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths)))
         self.stages = nn.ModuleList()
         for i in range(num_stages):
             if i < NUM_STAGES - 1:

@@ -1,0 +1,35 @@
+# Targets need a Python 3.10 to 3.12 and a C++ compiler; everything else goes into .venv/.
+.DEFAULT_GOAL := help
+.PHONY: help env demo demo-scratch test test-long lint clean-env
+
+# The interpreter that .venv/ was made with comes first, so that a later python3 does not replace it.
+PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& { echo "$$python"; break; }; done)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+env: ## make .venv/ (about 15 minutes the first time, nothing after that)
+	@test -n '$(PYTHON)' || { echo 'no Python 3.10, 3.11 or 3.12 was found: apt install python3 python3-venv' \
+	'python3-dev, or name one with `make PYTHON=/path/to/python3 ...`.' >&2; exit 1; }
+	@'$(PYTHON)' tools/setup_env.py
+
+demo: env ## run the demo
+	.venv/bin/python tools/demo.py
+
+demo-scratch: env ## run the demo, training from scratch
+	.venv/bin/python tools/demo.py --from-scratch
+
+test: env ## the fast tests
+	.venv/bin/python -m pytest
+
+test-long: env ## the long tests
+	.venv/bin/python -m pytest -m long
+
+lint: env ## ruff, as pre-commit runs it
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+clean-env: ## remove .venv/
+	rm -rf .venv .venv.lock

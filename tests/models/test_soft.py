@@ -1,0 +1,368 @@
+"""The backbone's options, shapes, errors and loading."""
+
+import pytest
+import torch
+from authors import REDUCED_ARCH, official_models
+from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
+
+from soft_mm import SOFT, SoftmaxFreeAttention
+from soft_mm.models.blocks import DropPath, MLP
+from soft_mm.registry import MODELS
+
+TINY_DIMS = (64, 128, 320, 512)
+ATTENTIONS = {
+    'default': {},
+    'normalized': dict(normalized=True),
+    'cholesky': dict(solver='cholesky'),
+    'normalized-cholesky': dict(normalized=True, solver='cholesky'),
+    'bounded': dict(max_landmarks=4),
+    'normalized-bounded': dict(normalized=True, max_landmarks=4),
+    'exact': dict(newton_backward='exact', newton_iterations=7),
+}
+
+
+def reduced(**kwargs):
+    torch.manual_seed(0)
+    return SOFT(REDUCED_ARCH, **kwargs)
+
+
+@pytest.mark.parametrize('arch', SOFT.arch_zoo)
+def test_parameter_counts_equal_the_authors(arch):
+    with torch.device('meta'):
+        backbone = SOFT(arch)
+    head = 1000 * (512 + 1)
+    assert sum(p.numel() for p in backbone.parameters()) + head == official_models()[arch]['params']
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize('size', [(32, 32), (33, 95), (57, 200), (128, 64), (32, 321)], ids='{0[0]}x{0[1]}'.format)
+def test_any_size_gives_finite_maps_and_gradients(size, attention):
+    model = reduced(attention=attention).train()
+    maps = model(torch.randn(2, 3, *size))
+    for stride, dims, out in zip((4, 8, 16, 32), REDUCED_ARCH['embed_dims'], maps):
+        assert out.shape == (2, dims, -(-size[0] // stride), -(-size[1] // stride))
+        assert out.is_contiguous() and torch.isfinite(out).all()
+    sum(out.square().mean() for out in maps).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_grid_smaller_than_the_ratio_has_one_landmark():
+    model = SOFT(dict(REDUCED_ARCH, ratios=(16, 8, 4, 1))).eval()
+    assert torch.isfinite(model(torch.randn(1, 3, 32, 48))[-1]).all()
+
+
+@pytest.mark.parametrize('arch', ['tiny', 'medium'])
+def test_outputs_of_the_published_archs(arch):
+    with torch.no_grad():
+        maps = SOFT(arch).eval()(torch.randn(1, 3, 64, 96))
+    assert [tuple(out.shape) for out in maps] == [
+        (1, dims, 64 // stride, 96 // stride) for dims, stride in zip(SOFT.arch_zoo[arch]['embed_dims'], (4, 8, 16, 32))
+    ]
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (3,), (1, 2), (0, 3), (0, 1, 2, 3)])
+def test_out_indices_select_and_build_no_more(out_indices):
+    torch.manual_seed(0)
+    whole = reduced().eval()
+    part = reduced(out_indices=out_indices).eval()
+    part.load_state_dict({k: v for k, v in whole.state_dict().items() if int(k.split('.')[1]) <= out_indices[-1]})
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted, found = whole(x), part(x)
+    assert len(found) == len(out_indices)
+    for i, out in zip(out_indices, found):
+        torch.testing.assert_close(out, wanted[i])
+    assert len(part.stages) == out_indices[-1] + 1
+
+
+def test_cls_token_is_last_and_maps_precede_it():
+    outputs = reduced(out_type='cls_token', out_indices=(1, 3)).eval()(torch.randn(2, 3, 64, 96))
+    assert [tuple(out.shape) for out in outputs] == [(2, 64, 8, 12), (2, 128)]
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS.values(), ids=ATTENTIONS)
+def test_an_image_does_not_depend_on_its_batch(attention):
+    model = reduced(attention=attention).eval()
+    x = torch.randn(2, 3, 96, 160)
+    x[1] = 0.01 * x[1] + 3
+    with torch.no_grad():
+        for alone, together in zip(model(x[:1]), model(x)):
+            torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('in_channels', [1, 4])
+def test_in_channels(in_channels):
+    model = reduced(in_channels=in_channels).eval()
+    assert model(torch.randn(1, in_channels, 32, 32))[0].shape == (1, 32, 8, 8)
+
+
+def test_attention_of_each_stage():
+    model = reduced(attention=[dict(normalized=True), dict(max_landmarks=9), dict(solver='cholesky')])
+    settings = [
+        (s.blocks[0].attn.normalized, s.blocks[0].attn.max_landmarks, s.blocks[0].attn.solver) for s in model.stages[:3]
+    ]
+    assert settings == [(True, None, 'newton'), (False, 9, 'newton'), (False, None, 'cholesky')]
+
+
+def test_attention_keys_left_out_take_the_default():
+    attn = reduced(attention=ConfigDict(max_landmarks=5)).stages[0].blocks[0].attn
+    assert isinstance(attn, SoftmaxFreeAttention)
+    kept = (attn.normalized, attn.solver, attn.newton_iterations, attn.newton_backward, attn.max_landmarks)
+    assert kept == (False, 'newton', 20, 'one_step', 5)
+
+
+def test_attention_of_a_user():
+    @MODELS.register_module(name='IdentityAttention')
+    class IdentityAttention(torch.nn.Module):
+        def __init__(self, embed_dims, num_heads, ratio, conv_size, gain=1):
+            super().__init__()
+            self.gain = gain
+
+        def forward(self, x, grid):
+            return self.gain * x
+
+    try:
+        attn = reduced(attention=dict(type='IdentityAttention', gain=2)).stages[2].blocks[1].attn
+        assert attn.gain == 2
+        with pytest.raises(TypeError, match=r"\['gian'\] are unknown to IdentityAttention; allowed are \['type', 'gain'\]"):
+            reduced(attention=dict(type='IdentityAttention', gian=2))
+    finally:
+        MODELS.module_dict.pop('IdentityAttention')
+
+
+def test_max_landmarks_that_do_not_bind_change_nothing():
+    x = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        free, bounded = reduced().eval()(x), reduced(attention=dict(max_landmarks=6)).eval()(x)
+    for one, other in zip(free, bounded):
+        assert torch.equal(one, other)
+
+
+def test_initialisation_is_the_authors():
+    model = SOFT('tiny')
+    attn = model.stages[2].blocks[0].attn
+    for weight in (attn.qv.weight, attn.proj.weight, model.stages[3].pos_embed, model.stages[3].blocks[0].mlp.fc1.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.stages[3].cls_token.abs().max() > 0
+    for bias in (attn.qv.bias, attn.proj.bias, model.stages[3].norm.bias):
+        assert not bias.any()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.init_weights()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = DropPath(0.25).train()
+    x = torch.ones(4000, 3, 5)
+    out = drop(x)
+    kept = out[:, 0, 0] > 0
+    assert torch.equal(out, kept[:, None, None] * x / 0.75)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_drop_path_rate_rises_over_the_blocks():
+    rates = [block.drop_path.drop_prob for stage in SOFT('tiny', drop_path_rate=0.7).stages for block in stage.blocks]
+    assert rates == pytest.approx([0.1 * i for i in range(8)])
+
+
+def test_drop_rate_reaches_positions_and_stage_4():
+    model = reduced(drop_rate=0.3)
+    rates = {name: m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {name for name, p in rates.items() if p == 0.3} == {
+        *(f'stages.{i}.pos_drop' for i in range(4)),
+        *(f'stages.3.blocks.0.{part}' for part in ('attn.drop', 'mlp.drop1', 'mlp.drop2')),
+    }
+    assert isinstance(model.stages[0].blocks[0].mlp, MLP)
+
+
+@pytest.mark.parametrize('frozen', [-1, 0, 1, 3, 4])
+def test_frozen_stages(frozen):
+    model = reduced(frozen_stages=frozen, drop_rate=0.1).train()
+    for name, parameter in model.named_parameters():
+        stage, part = int(name.split('.')[1]), name.split('.')[2]
+        is_frozen = stage < frozen or (frozen == 0 and stage == 0 and part in ('patch_embed', 'pos_embed'))
+        assert parameter.requires_grad != is_frozen, name
+    for i, stage in enumerate(model.stages):
+        assert stage.training == (i >= frozen)
+        assert stage.patch_embed.training == (i >= max(frozen, 1) if frozen >= 0 else True)
+    if frozen < 4:
+        sum(out.mean() for out in model(torch.randn(2, 3, 32, 32))).backward()
+
+
+@pytest.mark.parametrize('norm_eval', [False, True])
+def test_norm_eval(norm_eval):
+    model = reduced(norm_eval=norm_eval).train()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 6 and all(norm.training != norm_eval for norm in norms)
+    assert model.stages[0].blocks[0].training
+    assert not any(norm.training for norm in norms if model.eval())
+
+
+@pytest.mark.parametrize('attention', [ATTENTIONS['default'], ATTENTIONS['normalized-cholesky']], ids=['plain', 'normalized'])
+def test_with_cp_computes_the_same(attention):
+    x = torch.randn(2, 3, 64, 64)
+    results = []
+    for with_cp in (False, True):
+        model = reduced(with_cp=with_cp, attention=attention, drop_path_rate=0.3).train()
+        torch.manual_seed(1)
+        out = model(x)
+        sum(o.square().mean() for o in out).backward()
+        results.append([*out, *(p.grad for p in model.parameters())])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)
+
+
+def test_position_embeddings_are_resized_in_float32():
+    model = reduced().eval().to(torch.bfloat16)
+    assert model(torch.randn(1, 3, 96, 64, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('img_size', [64, (96, 160)])
+def test_position_embeddings_are_resized_at_load(img_size):
+    source, target = reduced().eval(), reduced(img_size=img_size).eval()
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(1, 3, *target.img_size)
+    with torch.no_grad():
+        for one, other in zip(source(x), target(x)):
+            torch.testing.assert_close(one, other)
+
+
+def test_layer_depth():
+    model = SOFT('tiny')
+    depth = {name: model.get_layer_depth(f'backbone.{name}', 'backbone.') for name, _ in model.named_parameters()}
+    assert {total for _, total in depth.values()} == {10}
+    assert depth['stages.0.patch_embed.0.weight'][0] == depth['stages.0.pos_embed'][0] == 0
+    assert depth['stages.0.blocks.0.norm1.weight'][0] == 1
+    assert depth['stages.1.patch_embed.0.weight'][0] == depth['stages.1.blocks.0.attn.qv.weight'][0] == 2
+    assert depth['stages.3.cls_token'][0] == 7 and depth['stages.3.blocks.1.norm2.bias'][0] == 8
+    assert depth['stages.3.norm.weight'][0] == 9
+    assert model.get_layer_depth('head.fc.weight', 'backbone.') == (9, 10)
+
+
+BAD_OPTIONS = [
+    (dict(arch='nano'), ValueError, r"arch='nano' is unknown; choose one of \['tiny', 'small', 'medium', 'large', 'huge'\]"),
+    (dict(arch=3), ValueError, 'arch=3 must be one of'),
+    (dict(arch=dict(embed_dims=(32, 64, 96, 128))), ValueError, r"missing keys \['num_heads', 'depths'\]"),
+    (dict(arch=dict(REDUCED_ARCH, widths=3)), ValueError, r"unknown keys \['widths'\]"),
+    (dict(arch=dict(REDUCED_ARCH, num_heads=(1, 2, 5, 4))), ValueError, '5 heads do not divide a width of 96'),
+    (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 2))), ValueError, r'depths=\(1, 1, 2\) must hold 4'),
+    (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 0, 1))), ValueError, 'depths: 0 must be a whole number from 1 up'),
+    (dict(arch=dict(REDUCED_ARCH, ratios=(8, 4, 2, 2))), ValueError, 'must end in 1'),
+    (dict(arch=dict(REDUCED_ARCH, conv_sizes=(9, 4, 3))), ValueError, 'must be odd'),
+    (dict(attention=dict(type='FlashAttention9')), ValueError, r"'FlashAttention9' is unknown; registered are .*'SoftmaxFreeAttention'"),
+    (dict(attention=dict(normalised=True)), TypeError, r"\['normalised'\] are unknown to SoftmaxFreeAttention; allowed are"),
+    (dict(attention=dict(embed_dims=3)), TypeError, r"\['embed_dims'\] are unknown"),
+    (dict(attention=dict(solver='svd')), ValueError, "solver='svd' is unknown; choose one of"),
+    (dict(attention=dict(newton_backward='none')), ValueError, "newton_backward='none' is unknown"),
+    (dict(attention=dict(newton_iterations=2.5)), ValueError, 'newton_iterations=2.5 must be'),
+    (dict(attention=dict(max_landmarks=0)), ValueError, 'max_landmarks=0 must be None'),
+    (dict(attention=dict(normalized='yes')), ValueError, "normalized='yes' must be"),
+    (dict(attention=[{}, {}]), ValueError, 'a list must hold three dicts'),
+    (dict(attention='SoftmaxFreeAttention'), ValueError, 'must be a dict'),
+    (dict(out_type='avg'), ValueError, "out_type='avg' is unknown; choose 'featmap' or 'cls_token'"),
+    (dict(out_type='cls_token', out_indices=(0, 1)), ValueError, 'needs stage 3'),
+    (dict(out_indices=(0, 4)), ValueError, r'out_indices=\(0, 4\) must be stages from 0 to 3'),
+    (dict(out_indices=()), ValueError, r'out_indices=\(\)'),
+    (dict(out_indices=(2, 1)), ValueError, 'in rising order'),
+    (dict(in_channels=0), ValueError, 'in_channels: 0'),
+    (dict(img_size=16), ValueError, 'img_size=16'),
+    (dict(drop_rate=1.0), ValueError, 'drop_rate=1.0'),
+    (dict(drop_path_rate=-0.1), ValueError, 'drop_path_rate=-0.1'),
+    (dict(frozen_stages=5), ValueError, 'frozen_stages=5'),
+    (dict(frozen_stages=3, out_indices=(0, 1)), ValueError, 'frozen_stages=3'),
+    (dict(pretrained='x.pth'), TypeError, 'pretrained'),
+]
+
+
+@pytest.mark.parametrize(('options', 'error', 'message'), BAD_OPTIONS)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        SOFT(**options)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'message'),
+    [
+        ((1, 4, 64, 64), r'shape \(1, 4, 64, 64\): expected \(B, 3, H, W\)'),
+        ((3, 64, 64), 'expected'),
+        ((1, 3, 31, 64), '31x64 pixels: both sides must be at least 32'),
+    ],
+)
+def test_bad_input_is_named(shape, message):
+    with pytest.raises(ValueError, match=message):
+        reduced()(torch.zeros(shape))
+
+
+@pytest.fixture
+def classifier_checkpoint(tmp_path):
+    """A classifier's checkpoint file, and the backbone in it."""
+    backbone = reduced(out_type='cls_token')
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    state_dict = {f'backbone.{k}': v for k, v in backbone.state_dict().items()}
+    state_dict['head.fc.weight'] = torch.zeros(10, 128)
+    path = tmp_path / 'classifier.pth'
+    torch.save(dict(meta=dict(), state_dict=state_dict), path)
+    return str(path), backbone
+
+
+@pytest.fixture
+def log(tmp_path):
+    """What the current logger wrote."""
+    path = tmp_path / 'log.txt'
+    MMLogger.get_instance(f'log-{tmp_path.name}', log_file=str(path))
+    return path.read_text
+
+
+def test_pretrained_backbone_is_loaded_and_the_log_says_so(classifier_checkpoint, log):
+    path, source = classifier_checkpoint
+    model = reduced(init_cfg=dict(type='Pretrained', checkpoint=path, prefix='backbone.'))
+    model.init_weights()
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert f'all {len(source.state_dict())} backbone keys loaded from {path}' in log()
+
+
+def test_pretrained_backbone_for_fewer_stages_and_another_size(classifier_checkpoint, log):
+    path, source = classifier_checkpoint
+    cfg = dict(type='Pretrained', checkpoint=path, prefix='backbone')
+    model = reduced(out_indices=(0, 1), img_size=96, init_cfg=cfg)
+    model.init_weights()
+    assert torch.equal(model.stages[1].blocks[0].attn.qv.weight, source.stages[1].blocks[0].attn.qv.weight)
+    assert 'keys of stages that out_indices leaves out were not used' in log()
+    assert 'pos_embed resized from (56, 56) to (24, 24)' in log()
+
+
+@pytest.mark.parametrize(
+    ('options', 'prefix', 'message'),
+    [
+        (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 3, 1))), 'backbone.', r'1\d keys missing .*stages.2.blocks.2.*0 unexpected'),
+        (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 1, 1))), 'backbone.', r'0 keys missing .*unexpected .*stages.2.blocks.1'),
+        (dict(arch=dict(REDUCED_ARCH, embed_dims=(32, 64, 192, 128), num_heads=(1, 2, 6, 4))), 'backbone.', 'of another shape'),
+        (dict(arch=REDUCED_ARCH, in_channels=1), 'backbone.', r'1 of another shape .*\(32, 3, 3, 3\) for \(32, 1, 3, 3\)'),
+        (dict(arch=REDUCED_ARCH), None, r"keys under \['backbone', 'head'\]: set `prefix` in init_cfg"),
+        (dict(arch=REDUCED_ARCH), 'encoder.', r"keys under \['backbone', 'head'\]"),
+    ],
+)
+def test_checkpoint_of_another_model_is_an_error(classifier_checkpoint, options, prefix, message):
+    cfg = dict(type='Pretrained', checkpoint=classifier_checkpoint[0], prefix=prefix)
+    model = SOFT(init_cfg=cfg, **options)
+    with pytest.raises(ValueError, match=message):
+        model.init_weights()
+
+
+def test_missing_checkpoint_is_named():
+    model = reduced(init_cfg=dict(type='Pretrained', checkpoint='no/such.pth', prefix='backbone.'))
+    with pytest.raises(FileNotFoundError, match='no/such.pth'):
+        model.init_weights()
+
+
+def test_mmengine_initialisers_still_work():
+    model = reduced(init_cfg=dict(type='Constant', layer='Linear', val=0.5, bias=0.25))
+    model.init_weights()
+    assert (model.stages[0].blocks[0].attn.qv.weight == 0.5).all()
