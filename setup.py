@@ -49,7 +49,7 @@ setup(
     'object detection, semantic segmentation',
     python_requires='>=3.9',
     packages=find_packages(include=['soft_mm', 'soft_mm.*']),
-    install_requires=['torch'],
+    install_requires=['torch>=2.0'],
     extras_require={
         'original': ORIGINAL,
         'maintained': MAINTAINED,

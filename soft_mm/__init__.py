@@ -9,7 +9,8 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         "soft_mm needs mmengine: install it with the toolboxes by `pip install 'soft_mm[maintained]'` (onedl-*) or "
-        "`pip install 'soft_mm[original]'` (OpenMMLab's own), or alone by `pip install onedl-mmengine` or `pip install mmengine`",
+        "`pip install 'soft_mm[original]'` (OpenMMLab's own), or alone by `pip install onedl-mmengine` or "
+        '`pip install mmengine`',
         name='mmengine',
     ) from error
 

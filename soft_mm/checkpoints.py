@@ -37,14 +37,15 @@ def from_official(state_dict):
     """Rename the authors' state dict to ours.
 
     Args:
-        state_dict (dict[str, Tensor]): the authors' names, ``pos_embed{1..4}``, ``block{1..4}.*``, ``head.*``, ...; the grids of the
-            position embeddings are square.
+        state_dict (dict[str, Tensor]): the authors' names, ``pos_embed{1..4}``, ``block{1..4}.*``, ``head.*``, ...;
+            the grids of the position embeddings are square.
 
     Returns:
         dict[str, Tensor]: ours, ``backbone.*`` and ``head.fc.*``.
 
     Raises:
-        ValueError: for a name that the authors' models do not have, half of a stacked layer, or position embeddings on no square.
+        ValueError: for a name that the authors' models do not have, half of a stacked layer, or position embeddings
+            on no square.
     """
     out, pieces = {}, {}
     for key, value in state_dict.items():
@@ -58,7 +59,7 @@ def from_official(state_dict):
                     out[name] = value
                     break
             else:
-                raise ValueError(f'{key!r} is no key of the authors\' SOFT models')
+                raise ValueError(f"{key!r} is no key of the authors' SOFT models")
         elif match := re.fullmatch(r'patch_embed([1-4])\.proj\.(.+)', key):
             out[f'backbone.stages.{int(match[1]) - 1}.patch_embed.{match[2]}'] = value
         elif match := re.fullmatch(r'pos_embed([1-4])', key):
@@ -75,10 +76,10 @@ def from_official(state_dict):
         elif key.startswith('head.'):
             out[f'head.fc.{key[5:]}'] = value
         else:
-            raise ValueError(f'{key!r} is no key of the authors\' SOFT models')
+            raise ValueError(f"{key!r} is no key of the authors' SOFT models")
     for name, values in pieces.items():
         if any(value is None for value in values):
-            raise ValueError(f'{name!r} is stacked from {len(values)} of the authors\' layers, and not all are there')
+            raise ValueError(f"{name!r} is stacked from {len(values)} of the authors' layers, and not all are there")
         out[name] = torch.cat(values) if len(values) > 1 else values[0]
     return out
 

@@ -1,8 +1,8 @@
 """The main job: pretrain a classifier on photo-digits, plug it into a detector and a segmentor, train both, and sum up.
 
-Every training is one run of ``tools/train.py`` in a process of its own, so that each toolbox has its own default scope. A run that was
-interrupted is resumed from its newest checkpoint; a finished one is not done again while its config, its pretrained weights and its
-data are what they were.
+Every training is one run of ``tools/train.py`` in a process of its own, so that each toolbox has its own default
+scope. A run that was interrupted is resumed from its newest checkpoint; a finished one is not done again while its
+config, its pretrained weights and its data are what they were.
 """
 
 import hashlib
@@ -83,7 +83,11 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
         console.rule(f'{task.name}: {task.config}')
         options = {}
         if task is not CLASSIFICATION:
-            options = {'model.backbone.init_cfg': None} if from_scratch else {'model.backbone.init_cfg.checkpoint': str(pretrained)}
+            options = (
+                {'model.backbone.init_cfg': None}
+                if from_scratch
+                else {'model.backbone.init_cfg.checkpoint': str(pretrained)}
+            )
         summary[task.name] = _train(task, work_dir / task.name, options, pretrained, console)
         if task is CLASSIFICATION:
             pretrained = last_checkpoint(work_dir / task.name)
@@ -121,7 +125,14 @@ def _train(task, work_dir, options, pretrained, console):
     record_file.write_text(json.dumps(record))
     if last_checkpoint(work_dir):
         console.print(f'resuming from {last_checkpoint(work_dir)}')
-    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(task.config_file), '--work-dir', str(work_dir), '--resume']
+    command = [
+        sys.executable,
+        str(ROOT / 'tools' / 'train.py'),
+        str(task.config_file),
+        '--work-dir',
+        str(work_dir),
+        '--resume',
+    ]
     if options:
         command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
     start = time.time()

@@ -43,7 +43,7 @@ def test_one_distribution_provides(name):
 
 
 def test_package_requires_torch_alone_and_any(metadata):
-    assert metadata['install_requires'] == ['torch']
+    assert metadata['install_requires'] == ['torch>=2.0']
 
 
 @pytest.mark.parametrize(

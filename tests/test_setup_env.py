@@ -297,12 +297,8 @@ def test_venv_without_interpreter_is_not_ready(setup_env, steps):
     assert not setup_env.is_ready()
 
 
-@pytest.mark.parametrize(
-    ('stop', 'code'), [(KeyboardInterrupt(), 130), (OSError(28, 'No space left on device'), 1)]
-)
-def test_interrupted_set_up_is_not_ready_and_continues(
-    setup_env, steps, monkeypatch, capsys, stop, code
-):
+@pytest.mark.parametrize(('stop', 'code'), [(KeyboardInterrupt(), 130), (OSError(28, 'No space left on device'), 1)])
+def test_interrupted_set_up_is_not_ready_and_continues(setup_env, steps, monkeypatch, capsys, stop, code):
     setup_env.main([])
     change_pin(setup_env, 'dev.txt', 'pytest==', 'pytest==0')
     record = setup_env.run

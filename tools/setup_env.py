@@ -152,9 +152,7 @@ def pinned(file, name):
     text = (REQUIREMENTS / file).read_text()
     match = re.search(rf'^{re.escape(name)}==(\S+)', text, re.MULTILINE)
     if match is None:
-        raise SetupError(
-            f'{REQUIREMENTS / file} does not pin {name}: add a line `{name}==VERSION`.'
-        )
+        raise SetupError(f'{REQUIREMENTS / file} does not pin {name}: add a line `{name}==VERSION`.')
     return match.group(1)
 
 
@@ -238,9 +236,7 @@ def progress(output):
     compiled = re.findall(r'^\s*\[(\d+)/(\d+)\]', output, re.MULTILINE)
     if compiled:
         return 'compiled {} of {} files'.format(*compiled[-1])
-    steps = re.findall(
-        r'^\s*((?:Collecting|Downloading|Building|Installing) .*)', output, re.MULTILINE
-    )
+    steps = re.findall(r'^\s*((?:Collecting|Downloading|Building|Installing) .*)', output, re.MULTILINE)
     return steps[-1][:70] if steps else 'working'
 
 

@@ -4,7 +4,7 @@ _base_ = [
     '../_base_/schedules/adamw_cosine_iters.py',
 ]
 
-max_iters = _base_.fade_in_iters + _base_.full_iters
+max_iters = _base_.small_iters + _base_.full_iters
 
 model = dict(
     type='ImageClassifier',
@@ -29,9 +29,10 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min_ratio=0.02, by_epoch=False, begin=60, end=max_iters),
 ]
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+optim_wrapper = dict(optimizer=dict(lr=4e-4))
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=50, max_keep_ckpts=1),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)

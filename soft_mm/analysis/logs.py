@@ -11,8 +11,8 @@ def read_scalars(work_dir):
         work_dir (str | Path): work dir of a runner with mmengine's ``LocalVisBackend``.
 
     Returns:
-        list[dict]: records of training (with ``loss``) and of evaluation, each with ``step``, by rising time. Where a run was resumed,
-        the training records of iterations that were done twice are the later ones.
+        list[dict]: records of training (with ``loss``) and of evaluation, each with ``step``, by rising time. Where
+        a run was resumed, the training records of iterations that were done twice are the later ones.
     """
     records = []
     for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):

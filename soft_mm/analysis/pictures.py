@@ -21,7 +21,9 @@ def draw_loss_curves(work_dirs, out_file):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(work_dirs), figsize=(4.5 * len(work_dirs), 3.5), squeeze=False, layout='constrained')
+    figure, axes = plt.subplots(
+        1, len(work_dirs), figsize=(4.5 * len(work_dirs), 3.5), squeeze=False, layout='constrained'
+    )
     for axis, (title, work_dir) in zip(axes[0], work_dirs.items()):
         records = [record for record in read_scalars(work_dir) if 'loss' in record]
         axis.plot([record['step'] for record in records], [record['loss'] for record in records])
@@ -32,9 +34,11 @@ def draw_loss_curves(work_dirs, out_file):
 
 
 def draw_predictions(config, checkpoint, out_file, count=8, columns=2):
-    """Draw the first test images of a detector or segmentor, ground truth on the left of each and prediction on the right.
+    """Draw the first test images of a detector or segmentor, ground truth on the left of each and prediction on the
+    right.
 
-    Drawing is left to the toolbox's own visualizer. Run one toolbox a process: visualizers of the same name are shared in one.
+    Drawing is left to the toolbox's own visualizer. Run one toolbox a process: visualizers of the same name are
+    shared in one.
 
     Args:
         config (str | Path): config file of mmdet or mmsegmentation.

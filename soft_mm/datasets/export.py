@@ -180,9 +180,7 @@ def _write_scenes(out, generator):
         _write_image(folder / 'images' / _file_name(index), scene.image)
         _write_image(folder / 'semantic' / _file_name(index), scene.semantic)
         images.append(dict(id=index, file_name=_file_name(index), height=height, width=width))
-        for label, box, area, mask in zip(
-            scene.labels, scene.boxes, scene.areas, scene.masks, strict=True
-        ):
+        for label, box, area, mask in zip(scene.labels, scene.boxes, scene.areas, scene.masks, strict=True):
             annotations.append(
                 dict(
                     id=len(annotations) + 1,  # COCOeval takes the id 0 for no match
@@ -196,9 +194,7 @@ def _write_scenes(out, generator):
             )
         if index < math.prod(_SHEET_SCENES):
             first.append(scene)
-    categories = [
-        dict(id=number + 1, name=name, supercategory='digit') for number, name in enumerate(CLASSES)
-    ]
+    categories = [dict(id=number + 1, name=name, supercategory='digit') for number, name in enumerate(CLASSES)]
     content = dict(
         info=dict(description=f'photo-digits, {split}'),
         images=images,

@@ -57,9 +57,7 @@ class _PhotoDigits(BaseDataset):
         own = _METAINFO[self.annotations]
         metainfo = {**own, **(metainfo or {})}
         if len(metainfo['classes']) != len(own['classes']):
-            raise ValueError(
-                f'metainfo must name {len(own["classes"])} classes, got {metainfo["classes"]!r}'
-            )
+            raise ValueError(f'metainfo must name {len(own["classes"])} classes, got {metainfo["classes"]!r}')
         super().__init__(
             metainfo=metainfo,
             pipeline=list(pipeline),

@@ -70,9 +70,7 @@ def _sklearn(name, split, file, licence, credit):
 #: ``datasets/images/README.txt``. Pictures without a stated licence (moon, page, stereo_motorcycle)
 #: are left out, and so is text, which shows handwriting.
 PHOTOGRAPHS = (
-    _skimage(
-        'astronaut', 'train', 'astronaut.png', 'public domain', 'NASA, https://flic.kr/p/r9qvLn'
-    ),
+    _skimage('astronaut', 'train', 'astronaut.png', 'public domain', 'NASA, https://flic.kr/p/r9qvLn'),
     _skimage('brick', 'train', 'brick.png', 'CC0', 'CC0Textures, Bricks25'),
     _skimage('camera', 'train', 'camera.png', 'CC0', 'Lav Varshney'),
     _skimage('chelsea', 'train', 'chelsea.png', 'CC0', 'Stefan van der Walt'),
@@ -117,8 +115,7 @@ PHOTOGRAPHS = (
         'train',
         'retina.jpg',
         'CC0',
-        'Mikael Häggström, '
-        'https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg',
+        'Mikael Häggström, https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg',
     ),
     _skimage('coffee', 'val', 'coffee.png', 'CC0', 'Rachel Michetti, Pikolo Espresso Bar'),
     _sklearn(
@@ -183,9 +180,7 @@ def load_photographs(split):
         path = Path(package.__file__).parent / photograph.file
         image = cv2.imread(str(path), cv2.IMREAD_COLOR)
         if image is None:
-            raise FileNotFoundError(
-                f'{photograph.package} {package.__version__} does not hold {photograph.file}'
-            )
+            raise FileNotFoundError(f'{photograph.package} {package.__version__} does not hold {photograph.file}')
         image.setflags(write=False)
         images.append(image)
     return tuple(images)
@@ -258,7 +253,7 @@ class _Generator:
 
     kind: str
 
-    def __init__(self, split, seed, size, max_angle, background, length):
+    def __init__(self, split, seed, size, max_angle, background, recolour, length):
         _check_split(split)
         self.split = split
         self.seed = _check_integer('seed', seed, 0)
@@ -266,6 +261,7 @@ class _Generator:
         self.max_angle = _check_number('max_angle', max_angle, 0, 180)
         self.length = None if length is None else _check_integer('length', length, 1)
         self.background = _check_background(background, self.length)
+        self.recolour = _check_number('recolour', recolour, 0, 1)
 
     @property
     def options(self):
@@ -278,9 +274,7 @@ class _Generator:
         load_scans(self.split)
 
     def _rng(self, index):
-        return np.random.default_rng(
-            [self.seed, SPLITS.index(self.split), _KINDS.index(self.kind), index]
-        )
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), _KINDS.index(self.kind), index])
 
     def _check_index(self, index):
         index = operator.index(index)
@@ -312,11 +306,20 @@ class _Generator:
         )
         if rng.random() < 0.5:
             image = np.ascontiguousarray(image[:, ::-1])
+        if self.recolour:
+            image = self._recolour(rng, image)
         strength = self._strength(index)
         if strength < 1:
             mean = np.array(cv2.mean(image)[:3])
             image = np.rint(mean + strength * (image - mean)).astype(np.uint8)
         return image
+
+    def _recolour(self, rng, image):
+        strength = self.recolour * rng.random()
+        mean = np.array(cv2.mean(image)[:3])
+        mixing = np.eye(3) + strength * rng.uniform(-1, 1, (3, 3))
+        shift = mean + strength * rng.uniform(-96, 96, 3) - mixing @ mean
+        return cv2.transform(image, np.column_stack([mixing, shift]))
 
     def _draw_digit(self, rng):
         """Draw what a digit keeps at any size: scan, label, angle, stroke threshold."""
@@ -343,6 +346,8 @@ class SceneGenerator(_Generator):
         background (float | tuple[float, float]): 1 shows the photograph, 0 its mean colour, values
             between blend. A pair (first, last) changes linearly over ``length`` samples, for a
             curriculum (keep the order: no shuffling).
+        recolour (float): 0 keeps a photograph's colours. Up to 1, its channels are mixed and
+            shifted at random, so that the colours of a few photographs are not learned.
         length (int, optional): Number of samples. By default unlimited.
 
     Raises:
@@ -361,9 +366,10 @@ class SceneGenerator(_Generator):
         digit_size=None,
         max_angle=30.0,
         background=1.0,
+        recolour=0.0,
         length=None,
     ):
-        super().__init__(split, seed, size, max_angle, background, length)
+        super().__init__(split, seed, size, max_angle, background, recolour, length)
         self.num_digits = _check_range('num_digits', num_digits, 1, 100)
         short = min(self.size)
         if digit_size is None:
@@ -437,6 +443,7 @@ class CropGenerator(_Generator):
             box, as a part of the crop's shorter side. The whole digit lies inside the crop.
         max_angle (float): Digits are turned by up to this many degrees either way.
         background (float | tuple[float, float]): As for :class:`SceneGenerator`.
+        recolour (float): As for :class:`SceneGenerator`.
         length (int, optional): Number of samples. By default unlimited.
 
     Raises:
@@ -454,9 +461,10 @@ class CropGenerator(_Generator):
         digit_size=(0.5, 0.9),
         max_angle=30.0,
         background=1.0,
+        recolour=0.0,
         length=None,
     ):
-        super().__init__(split, seed, size, max_angle, background, length)
+        super().__init__(split, seed, size, max_angle, background, recolour, length)
         short = min(self.size)
         smallest, largest = _check_pair('digit_size', digit_size)
         smallest = _check_number('digit_size', smallest, 0, 1)
@@ -491,9 +499,7 @@ class CropGenerator(_Generator):
         rng = self._rng(index)
         canvas = _Canvas(self._draw_background(rng, index))
         scan, label, angle, threshold = self._draw_digit(rng)
-        alpha, box = _render(
-            scan, angle, threshold, int(rng.integers(self._sides[0], self._sides[1] + 1))
-        )
+        alpha, box = _render(scan, angle, threshold, int(rng.integers(self._sides[0], self._sides[1] + 1)))
         canvas.add(rng, label, alpha, box, _draw_position(rng, self.size, box))
         return canvas.to_scene()
 
@@ -542,9 +548,7 @@ class _Canvas:
         for box, mask in zip(boxes, masks, strict=True):
             x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
             box[:] = x, y, x + width, y + height
-        values = np.append(labels + 1, 0).astype(
-            np.uint8
-        )  # owner -1 picks the last entry, the background
+        values = np.append(labels + 1, 0).astype(np.uint8)  # owner -1 picks the last entry, the background
         return Scene(
             self.image,
             labels,
@@ -565,9 +569,7 @@ def _draw_colour(rng, below):
     """Draw a colour (3,) that differs from the pixels below, the more so the more they vary."""
     candidates = rng.integers(0, 256, (16, 3)).astype(np.float32)
     luma = candidates @ np.array([0.114, 0.587, 0.299], np.float32)
-    mean, deviation = (
-        float(value[0, 0]) for value in cv2.meanStdDev(cv2.cvtColor(below, cv2.COLOR_BGR2GRAY))
-    )
+    mean, deviation = (float(value[0, 0]) for value in cv2.meanStdDev(cv2.cvtColor(below, cv2.COLOR_BGR2GRAY)))
     clear = np.flatnonzero(np.abs(luma - mean) >= min(MIN_CONTRAST + deviation, 110.0))
     if len(clear):
         return candidates[clear[0]]
@@ -584,9 +586,7 @@ def _render(scan, angle, threshold, side):
     # Cubic magnification first, bilinear warping after it: warping 8x8 pixels directly would show
     # OpenCV's rounding of coordinates to 1/32 pixel as steps. The surface is smooth, so sampling it
     # at points does not alias.
-    surface = cv2.resize(
-        np.pad(scan, 1), None, fx=_OVERSAMPLE, fy=_OVERSAMPLE, interpolation=cv2.INTER_CUBIC
-    )
+    surface = cv2.resize(np.pad(scan, 1), None, fx=_OVERSAMPLE, fy=_OVERSAMPLE, interpolation=cv2.INTER_CUBIC)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     rows, columns = np.nonzero(surface >= threshold)
     points = rotation @ np.stack([columns, rows])
@@ -645,13 +645,8 @@ def _check_pair(name, value):
 
 def _check_range(name, value, least, most):
     smallest, largest = _check_pair(name, value)
-    if not (
-        _is_integer(smallest) and _is_integer(largest) and least <= smallest <= largest <= most
-    ):
-        raise ValueError(
-            f'{name} must be a pair of integers (smallest, largest) in [{least}, {most}], '
-            f'got {value!r}'
-        )
+    if not (_is_integer(smallest) and _is_integer(largest) and least <= smallest <= largest <= most):
+        raise ValueError(f'{name} must be a pair of integers (smallest, largest) in [{least}, {most}], got {value!r}')
     return int(smallest), int(largest)
 
 
@@ -664,9 +659,5 @@ def _check_background(background, length):
     if not isinstance(background, (tuple, list)):
         return _check_number('background', background, 0, 1)
     if length is None:
-        raise ValueError(
-            f'background={background!r} changes over the data set and therefore needs length'
-        )
-    return tuple(
-        _check_number('background', value, 0, 1) for value in _check_pair('background', background)
-    )
+        raise ValueError(f'background={background!r} changes over the data set and therefore needs length')
+    return tuple(_check_number('background', value, 0, 1) for value in _check_pair('background', background))

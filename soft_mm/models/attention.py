@@ -29,9 +29,9 @@ _SHARED_OPTIONS = ('embed_dims', 'num_heads', 'ratio', 'conv_size', 'init_cfg')
 class SoftmaxFreeAttention(BaseModule):
     """Attention with a Gaussian kernel in place of softmax, linear in the tokens while the landmarks are held.
 
-    Queries and keys are one projection, so that the kernel is symmetric. Landmarks are sampled by a strided convolution; see
-    :func:`soft_mm.ops.softmax_free_attention` and :func:`soft_mm.ops.normalized_softmax_free_attention`. A depthwise convolution of
-    the values is added per head.
+    Queries and keys are one projection, so that the kernel is symmetric. Landmarks are sampled by a strided
+    convolution; see :func:`soft_mm.ops.softmax_free_attention` and
+    :func:`soft_mm.ops.normalized_softmax_free_attention`. A depthwise convolution of the values is added per head.
 
     Sources: SOFT (arXiv:2110.11945, section 3), SOFT++ (arXiv:2207.03341, section 3).
 
@@ -41,13 +41,13 @@ class SoftmaxFreeAttention(BaseModule):
         ratio (int): side of the patch of tokens that becomes one landmark.
         conv_size (int): side of the filters of the local branch, odd.
         normalized (bool): the symmetrically normalised attention of SOFT++. Defaults to False.
-        solver (str): ``'newton'``, the authors' truncated Newton inverse, or ``'cholesky'``, the ridge inverse solved directly.
-            Defaults to ``'newton'``.
+        solver (str): ``'newton'``, the authors' truncated Newton inverse, or ``'cholesky'``, the ridge inverse
+            solved directly. Defaults to ``'newton'``.
         newton_iterations (int): iterations of ``'newton'``. Defaults to 20.
-        newton_backward (str): gradient of the plain ``'newton'`` form: ``'one_step'``, the authors', or ``'exact'``. Every other form
-            differentiates what it computed. Defaults to ``'one_step'``.
-        max_landmarks (int | None): bound on the number of landmarks, by average pooling of their grid. None is the authors' behaviour:
-            the landmarks grow with the tokens. Defaults to None.
+        newton_backward (str): gradient of the plain ``'newton'`` form: ``'one_step'``, the authors', or ``'exact'``.
+            Every other form differentiates what it computed. Defaults to ``'one_step'``.
+        max_landmarks (int | None): bound on the number of landmarks, by average pooling of their grid. None is the
+            authors' behaviour: the landmarks grow with the tokens. Defaults to None.
         init_cfg (dict | None): mmengine's. Defaults to None.
 
     Raises:
@@ -154,8 +154,8 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
     """Build the attention of one stage from its config.
 
     Args:
-        cfg (dict): ``type``, a registered name or a class, and its own options. Keys left out take the type's defaults, and the type
-            itself ``'SoftmaxFreeAttention'``.
+        cfg (dict): ``type``, a registered name or a class, and its own options. Keys left out take the type's
+            defaults, and the type itself ``'SoftmaxFreeAttention'``.
         embed_dims (int): channels.
         num_heads (int): heads.
         ratio (int): side of a landmark's patch.
@@ -169,8 +169,9 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
         raise ValueError(f'attention={cfg!r} must be a dict, or a list of three dicts, one per stage')
     options = dict(cfg)
     kind = options.pop('type', DEFAULT_ATTENTION['type'])
-    cls = kind if inspect.isclass(kind) else MODELS.get(kind)
-    if cls is None:
+    # What is no registered name may still be the path of a class, or of something else.
+    cls = MODELS.get(kind) if isinstance(kind, str) else kind
+    if not inspect.isclass(cls):
         raise ValueError(f'attention type {kind!r} is unknown; registered are {_registered_attentions()}')
     parameters = inspect.signature(cls).parameters
     own = [name for name in parameters if name not in _SHARED_OPTIONS]

@@ -3,10 +3,10 @@
 ::
 
     image (B, 3, H, W)
-      |  stage 1   three 3x3 convolutions, strides 2 1 2    + positions   softmax-free blocks   stride 4
-      |  stage 2   one 3x3 convolution, stride 2            + positions   softmax-free blocks   stride 8
-      |  stage 3   one 3x3 convolution, stride 2            + positions   softmax-free blocks   stride 16
-      v  stage 4   one 3x3 convolution, stride 2            + positions   class token, softmax blocks, LayerNorm   stride 32
+      |  stage 1   three 3x3 convolutions, strides 2 1 2   positions   softmax-free blocks                     stride 4
+      |  stage 2   one 3x3 convolution, stride 2           positions   softmax-free blocks                     stride 8
+      |  stage 3   one 3x3 convolution, stride 2           positions   softmax-free blocks                     stride 16
+      v  stage 4   one 3x3 convolution, stride 2           positions   class token, softmax blocks, LayerNorm  stride 32
 """
 
 import logging
@@ -96,8 +96,8 @@ class SOFTStage(BaseModule):
         """Map ``(B, C_in, H, W)`` in.
 
         Returns:
-            tuple[Tensor, tuple[int, int]]: tokens ``(B, n, C)`` after the last block, with the class token first where there is one,
-            and their grid.
+            tuple[Tensor, tuple[int, int]]: tokens ``(B, n, C)`` after the last block, with the class token first
+            where there is one, and their grid.
         """
         x = self.patch_embed(x)
         grid = tuple(x.shape[-2:])
@@ -118,28 +118,34 @@ class SOFTStage(BaseModule):
 class SOFT(BaseModule):
     """Softmax-free transformer backbone for classification, detection and segmentation.
 
-    Papers: *SOFT: Softmax-free Transformer with Linear Complexity* (NeurIPS 2021, https://arxiv.org/abs/2110.11945), *Softmax-free
+    Papers: *SOFT: Softmax-free Transformer with Linear Complexity* (NeurIPS 2021, https://arxiv.org/abs/2110.11945),
+        *Softmax-free
     Linear Transformers* (IJCV 2024, https://arxiv.org/abs/2207.03341).
 
     Args:
-        arch (str | dict): ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, ``'huge'``, or a dict with ``embed_dims``,
-            ``num_heads`` and ``depths``, four whole numbers each, and where they differ from the papers ``ratios`` (four, side of
-            the patch of tokens behind a landmark, default ``(8, 4, 2, 1)``; stage 4 has no landmarks, so its ratio is 1) and
-            ``conv_sizes`` (three odd numbers, side of the filters of the local branch, default ``(9, 5, 3)``).
-            Defaults to ``'tiny'``.
-        attention (dict | list[dict] | None): attention of stages 1 to 3, one dict for all or three, one per stage. Keys left out take
-            their default, see :class:`SoftmaxFreeAttention`. Defaults to None, which is ``dict(type='SoftmaxFreeAttention')``.
-        out_indices (Sequence[int]): stages whose outputs are returned, 0 to 3. Stages behind the last one are not built.
-            Defaults to ``(0, 1, 2, 3)``.
-        out_type (str): ``'featmap'``: maps only; ``'cls_token'``: the last output is the class token, which needs stage 3 among
-            ``out_indices``. Defaults to ``'featmap'``.
+        arch (str | dict): ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, ``'huge'``, or a dict with
+            ``embed_dims``, ``num_heads`` and ``depths``, four whole numbers each, and where they differ from the
+            papers ``ratios`` (four, side of the patch of tokens behind a landmark, default ``(8, 4, 2, 1)``; stage 4
+            has no landmarks, so its ratio is 1) and ``conv_sizes`` (three odd numbers, side of the filters of the
+            local branch, default ``(9, 5, 3)``). Defaults to ``'tiny'``.
+        attention (dict | list[dict] | None): attention of stages 1 to 3, one dict for all or three, one per stage.
+            Keys left out take their default, see :class:`SoftmaxFreeAttention`. Defaults to None, which is
+            ``dict(type='SoftmaxFreeAttention')``.
+        out_indices (Sequence[int]): stages whose outputs are returned, 0 to 3. Stages behind the last one are not
+            built. Defaults to ``(0, 1, 2, 3)``.
+        out_type (str): ``'featmap'``: maps only; ``'cls_token'``: the last output is the class token, which needs
+            stage 3 among ``out_indices``. Defaults to ``'featmap'``.
         in_channels (int): channels of the image. Defaults to 3.
-        img_size (int | tuple[int, int]): image size (height, width) for which position embeddings are learned; for any other size they
-            are resized at each forward, and checkpoints learned at another one are resized when loaded. Defaults to 224.
-        drop_rate (float): dropout after the position embeddings, and in the projections and MLPs of stage 4. Defaults to 0.
-        drop_path_rate (float): stochastic depth, rising linearly from 0 in the first block to this rate in the last. Defaults to 0.
-        frozen_stages (int): -1 freezes nothing; 0 the patch embedding and position embeddings of stage 1; ``k`` from 1 to 4
-            everything of the first ``k`` stages. Frozen parts get no gradient and stay in evaluation mode. Defaults to -1.
+        img_size (int | tuple[int, int]): image size (height, width) for which position embeddings are learned; for
+            any other size they are resized at each forward, and checkpoints learned at another one are resized when
+            loaded. Defaults to 224.
+        drop_rate (float): dropout after the position embeddings, and in the projections and MLPs of stage 4.
+            Defaults to 0.
+        drop_path_rate (float): stochastic depth, rising linearly from 0 in the first block to this rate in the last.
+            Defaults to 0.
+        frozen_stages (int): -1 freezes nothing; 0 the patch embedding and position embeddings of stage 1; ``k`` from
+            1 to 4 everything of the first ``k`` stages. Frozen parts get no gradient and stay in evaluation mode.
+            Defaults to -1.
         norm_eval (bool): keep every BatchNorm in evaluation mode while training. Defaults to False.
         with_cp (bool): recompute the blocks in the backward pass to save memory. Defaults to False.
         init_cfg (dict | list[dict] | None): mmengine's. Without it the weights are initialised as the authors do. With
@@ -191,8 +197,8 @@ class SOFT(BaseModule):
         _check_rate('drop_path_rate', drop_path_rate)
         if _not_whole(frozen_stages) or not -1 <= frozen_stages <= num_stages:
             raise ValueError(
-                f'frozen_stages={frozen_stages!r} must be -1 (nothing), 0 (patch embedding of stage 1) or a number of stages '
-                f'up to {num_stages}, the stages that out_indices={self.out_indices} needs'
+                f'frozen_stages={frozen_stages!r} must be -1 (nothing), 0 (patch embedding of stage 1) or a number of '
+                f'stages up to {num_stages}, the stages that out_indices={self.out_indices} needs'
             )
         self.in_channels = in_channels
         self.img_size = img_size
@@ -205,8 +211,12 @@ class SOFT(BaseModule):
         self.stages = nn.ModuleList()
         for i in range(num_stages):
             if i < NUM_STAGES - 1:
-                local = dict(ratio=self.arch['ratios'][i], conv_size=self.arch['conv_sizes'][i], attention=attentions[i])
-                blocks = [SoftmaxFreeBlock(dims[i], heads[i], drop_path=next(drop_paths), **local) for _ in range(depths[i])]
+                local = dict(
+                    ratio=self.arch['ratios'][i], conv_size=self.arch['conv_sizes'][i], attention=attentions[i]
+                )
+                blocks = [
+                    SoftmaxFreeBlock(dims[i], heads[i], drop_path=next(drop_paths), **local) for _ in range(depths[i])
+                ]
             else:
                 blocks = [SoftmaxBlock(dims[i], heads[i], drop_rate, next(drop_paths)) for _ in range(depths[i])]
             grid = tuple(-(-side // 2 ** (i + 2)) for side in img_size)
@@ -221,7 +231,8 @@ class SOFT(BaseModule):
         if isinstance(arch, str):
             if arch not in cls.arch_zoo:
                 raise ValueError(
-                    f'arch={arch!r} is unknown; choose one of {list(cls.arch_zoo)} or give a dict with embed_dims, num_heads, depths'
+                    f'arch={arch!r} is unknown; choose one of {list(cls.arch_zoo)} or give a dict with '
+                    'embed_dims, num_heads, depths'
                 )
             arch = cls.arch_zoo[arch]
         if not isinstance(arch, dict):
@@ -231,8 +242,8 @@ class SOFT(BaseModule):
         unknown = [key for key in arch if key not in lengths]
         if missing or unknown:
             raise ValueError(
-                f'arch dict: missing keys {missing}, unknown keys {unknown}; embed_dims, num_heads and depths are needed, '
-                'ratios and conv_sizes allowed'
+                f'arch dict: missing keys {missing}, unknown keys {unknown}; embed_dims, num_heads and depths are '
+                'needed, ratios and conv_sizes allowed'
             )
         arch = dict(dict(ratios=(8, 4, 2, 1), conv_sizes=(9, 5, 3)), **arch)
         for key, length in lengths.items():
@@ -259,7 +270,9 @@ class SOFT(BaseModule):
         attention = DEFAULT_ATTENTION if attention is None else attention
         if isinstance(attention, (list, tuple)):
             if len(attention) != NUM_STAGES - 1:
-                raise ValueError(f'attention: a list must hold three dicts, for stages 1 to 3, and not {len(attention)}')
+                raise ValueError(
+                    f'attention: a list must hold three dicts, for stages 1 to 3, and not {len(attention)}'
+                )
             return list(attention)
         return [attention] * (NUM_STAGES - 1)
 
@@ -268,8 +281,14 @@ class SOFT(BaseModule):
         if out_type not in ('featmap', 'cls_token'):
             raise ValueError(f"out_type={out_type!r} is unknown; choose 'featmap' or 'cls_token'")
         given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        if not given or any(_not_whole(i) or not 0 <= i < NUM_STAGES for i in given) or list(given) != sorted(set(given)):
-            raise ValueError(f'out_indices={out_indices!r} must be stages from 0 to {NUM_STAGES - 1}, each once, in rising order')
+        if (
+            not given
+            or any(_not_whole(i) or not 0 <= i < NUM_STAGES for i in given)
+            or list(given) != sorted(set(given))
+        ):
+            raise ValueError(
+                f'out_indices={out_indices!r} must be stages from 0 to {NUM_STAGES - 1}, each once, in rising order'
+            )
         if out_type == 'cls_token' and given[-1] != NUM_STAGES - 1:
             raise ValueError(f"out_type='cls_token' needs stage {NUM_STAGES - 1} in out_indices={out_indices!r}")
         return given, out_type
@@ -278,11 +297,13 @@ class SOFT(BaseModule):
     def _parse_img_size(img_size):
         sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if len(sides) != 2 or any(_not_whole(side) or side < MIN_SIDE for side in sides):
-            raise ValueError(f'img_size={img_size!r} must be one or two whole numbers (height, width) from {MIN_SIDE} up')
+            raise ValueError(
+                f'img_size={img_size!r} must be one or two whole numbers (height, width) from {MIN_SIDE} up'
+            )
         return sides
 
     def _reset_parameters(self):
-        """Truncated normals of deviation 0.02 for linear layers and embeddings; convolutions as PyTorch has them (the authors' rule)."""
+        """The authors' rule: truncated normals of deviation 0.02 for linear layers and embeddings, else PyTorch's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -327,10 +348,15 @@ class SOFT(BaseModule):
         ]
         if missing or unexpected or misshapen:
             prefixes = sorted({key.split('.')[0] for key in state_dict})
-            hint = '' if len(missing) < len(target) else f'; the checkpoint has keys under {prefixes}: set `prefix` in init_cfg'
+            hint = (
+                ''
+                if len(missing) < len(target)
+                else f'; the checkpoint has keys under {prefixes}: set `prefix` in init_cfg'
+            )
             raise ValueError(
-                f'the checkpoint {path} does not fit this SOFT backbone (prefix {prefix!r}): {len(missing)} keys missing '
-                f'{missing[:4]}, {len(unexpected)} unexpected {unexpected[:4]}, {len(misshapen)} of another shape {misshapen[:4]}{hint}'
+                f'the checkpoint {path} does not fit this SOFT backbone (prefix {prefix!r}): '
+                f'{len(missing)} keys missing {missing[:4]}, {len(unexpected)} unexpected {unexpected[:4]}, '
+                f'{len(misshapen)} of another shape {misshapen[:4]}{hint}'
             )
         self.load_state_dict({key: found[key] for key in target})
         note = f', {len(left_out)} keys of stages that out_indices leaves out were not used' if left_out else ''
@@ -363,9 +389,9 @@ class SOFT(BaseModule):
             x (Tensor): images ``(B, in_channels, H, W)``, both sides at least 32; neither need be a multiple of 32.
 
         Returns:
-            tuple[Tensor]: one per stage of ``out_indices``: maps ``(B, C, ceil(H / s), ceil(W / s))`` with ``s`` = 4, 8, 16, 32, that
-            of stage 4 after the final LayerNorm and without the class token. With ``out_type='cls_token'`` the last is the class token
-            ``(B, C4)`` after the final LayerNorm.
+            tuple[Tensor]: one per stage of ``out_indices``: maps ``(B, C, ceil(H / s), ceil(W / s))`` with ``s`` =
+            4, 8, 16, 32, that of stage 4 after the final LayerNorm and without the class token. With
+            ``out_type='cls_token'`` the last is the class token ``(B, C4)`` after the final LayerNorm.
 
         Raises:
             ValueError: for another number of dimensions or channels, or a side under 32.
@@ -373,7 +399,10 @@ class SOFT(BaseModule):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f'input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, H, W)')
         if min(x.shape[-2:]) < MIN_SIDE:
-            raise ValueError(f'input of {x.shape[-2]}x{x.shape[-1]} pixels: both sides must be at least {MIN_SIDE}; enlarge or pad it')
+            raise ValueError(
+                f'input of {x.shape[-2]}x{x.shape[-1]} pixels: both sides must be at least {MIN_SIDE}; '
+                'enlarge or pad it'
+            )
         outputs = []
         for i, stage in enumerate(self.stages):
             tokens, grid = stage(x)
@@ -389,15 +418,16 @@ class SOFT(BaseModule):
         return tuple(outputs)
 
     def get_layer_depth(self, param_name, prefix=''):
-        """Depth of a parameter, for layer-wise learning rate decay (mmpretrain's ``LearningRateDecayOptimWrapperConstructor``).
+        """Depth of a parameter, for layer-wise learning rate decay (mmpretrain's
+        ``LearningRateDecayOptimWrapperConstructor``).
 
         Args:
             param_name (str): name of the parameter in the whole model.
             prefix (str): prefix of the backbone's parameters in it, such as ``'backbone.'``.
 
         Returns:
-            tuple[int, int]: 0 for the stem, ``k`` for what enters or belongs to the ``k``-th block, the last for all the rest; and the
-            number of depths, blocks + 2.
+            tuple[int, int]: 0 for the stem, ``k`` for what enters or belongs to the ``k``-th block, the last for all
+            the rest; and the number of depths, blocks + 2.
         """
         depths = self.arch['depths'][: len(self.stages)]
         num_layers = sum(depths) + 2

@@ -29,16 +29,17 @@ def softmax_free_attention(
     newton_backward='one_step',
     ridge=0.01,
 ):
-    """Plain attention ``P (A_inv (P^T v))`` with ``P = g(q, l)`` and ``A = g(l, l)`` (SOFT, equation 9).
+    """Plain attention ``P (A_inv (P^T v))`` with ``P = g(q, l)`` and ``A = g(l, l)`` (SOFT, section 3.2).
 
-    The products are taken from the right, ``n m d`` multiply-adds each: nothing of size ``n x n`` is formed and nothing of size
-    ``n x m`` meets one of size ``m x m``.
+    The products are taken from the right, ``n m d`` multiply-adds each: nothing of size ``n x n`` is formed and
+    nothing of size ``n x m`` meets one of size ``m x m``.
 
     Args:
         q (Tensor): queries, which are the keys too, already divided by ``d^(1/4)``, ``(B, h, n, d)``.
         landmarks (Tensor): ``(B, h, m, d)``.
         v (Tensor): values ``(B, h, n, d_v)``.
-        solver (str): ``'newton'``, the authors' truncated iterations on ``A + ridge * I``, or ``'cholesky'``, its inverse.
+        solver (str): ``'newton'``, the authors' truncated iterations on ``A + ridge * I``, or ``'cholesky'``, its
+            inverse.
         newton_iterations (int): see :func:`~soft_mm.ops.newton_inverse`.
         newton_backward (str): see :func:`~soft_mm.ops.newton_inverse`.
         ridge (float): see there.
@@ -68,14 +69,15 @@ def normalized_softmax_free_attention(
     ridge=0.01,
     degree_scale=1.0,
 ):
-    """Normalised attention ``P (D^-1/2 A_inv D^-1/2 (P^T v))`` with ``D = diag(A 1)`` (SOFT++, section 3.4).
+    """Normalised attention ``P (D^-1/2 A_inv D^-1/2 (P^T v))`` with ``D = diag(A 1)`` (SOFT++, attention
+    normalisation).
 
     Args:
         q (Tensor): as in :func:`softmax_free_attention`.
         landmarks (Tensor): ``(B, h, m, d)``.
         v (Tensor): ``(B, h, n, d_v)``.
-        solver (str): ``'newton'``, the authors' truncated iterations without a ridge and with one step size per image, or
-            ``'cholesky'``, the inverse of ``A + ridge * I``.
+        solver (str): ``'newton'``, the authors' truncated iterations without a ridge and with one step size per
+            image, or ``'cholesky'``, the inverse of ``A + ridge * I``.
         newton_iterations (int): number of iterations of ``'newton'``, which is differentiated through.
         ridge (float): of ``'cholesky'``.
         degree_scale (float): multiplies ``D``: how many landmarks each of the given ones stands for.
@@ -106,7 +108,7 @@ def _attend(q, landmarks, v, apply_inverse):
 
 
 def local_branch(v, grid, weight):
-    """Depthwise convolution of the values, one filter per head shared by the head's channels (SOFT, the authors' code).
+    """Depthwise convolution of the values, one filter per head shared by the head's channels (the authors' code).
 
     Args:
         v (Tensor): values as tokens ``(B, n, C)``, the channels of a head side by side.

@@ -39,17 +39,18 @@ class _OneStepNewton(torch.autograd.Function):
 
 
 def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
-    """Truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.3).
+    """Truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.2).
 
-    ``V_0 = alpha A'`` with ``A' = A + ridge * I`` and ``alpha = 1.8 / (largest row sum of A)^2``, then ``V <- 2V - V A' V``. Where
-    landmarks are alike the iterations stop short of the inverse: the result is a function of its own.
+    ``V_0 = alpha A'`` with ``A' = A + ridge * I`` and ``alpha = 1.8 / (largest row sum of A)^2``, then
+    ``V <- 2V - V A' V``. Where landmarks are alike the iterations stop short of the inverse: the result is a
+    function of its own.
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric with entries in [0, 1].
         iterations (int): number of iterations.
         ridge (float): added to the diagonal.
-        backward (str): ``'one_step'``, the authors' gradient, which is that of the inverse and not of its truncation; or ``'exact'``,
-            the gradient of what was computed.
+        backward (str): ``'one_step'``, the authors' gradient, which is that of the inverse and not of its
+            truncation; or ``'exact'``, the gradient of what was computed.
 
     Returns:
         Tensor: ``(..., m, m)``.
@@ -69,10 +70,10 @@ def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
 def newton_inverse_per_image(kernel, iterations=20):
     """Truncated Newton inverse without a ridge, with one step size for all heads of an image (SOFT++).
 
-    The step size is ``alpha = 2 / (largest row sum)^2``, halved up to ten times while the largest column sum of ``|I - alpha A^2|``
-    exceeds 1.01, both maxima over the heads of one image, so that an image's result does not depend on its batch. ``A`` has no
-    negative entry, so the column sums follow from those of ``A^2`` and from its diagonal: nothing but vectors is needed to choose
-    ``alpha``, and no decision is taken on the host.
+    The step size is ``alpha = 2 / (largest row sum)^2``, halved up to ten times while the largest column sum of
+    ``|I - alpha A^2|`` exceeds 1.01, both maxima over the heads of one image, so that an image's result does not
+    depend on its batch. ``A`` has no negative entry, so the column sums follow from those of ``A^2`` and from its
+    diagonal: nothing but vectors is needed to choose ``alpha``, and no decision is taken on the host.
 
     Args:
         kernel (Tensor): ``A``, ``(B, h, m, m)``, symmetric with entries in [0, 1].
@@ -95,10 +96,11 @@ def newton_inverse_per_image(kernel, iterations=20):
 
 
 def safe_ridge(kernel, ridge):
-    """The ridge with which ``kernel`` can be factorised in its dtype: ``max(ridge, 8 eps r)``, ``r`` its largest row sum.
+    """The ridge with which ``kernel`` can be factorised in its dtype: ``max(ridge, 8 eps r)``, ``r`` its largest row
+    sum.
 
-    ``r`` bounds the largest eigenvalue, and ``eps r`` is the size of the rounding errors of a factorisation, which may make the
-    smallest eigenvalue negative. The rule needs no look at the outcome.
+    ``r`` bounds the largest eigenvalue, and ``eps r`` is the size of the rounding errors of a factorisation, which
+    may make the smallest eigenvalue negative. The rule needs no look at the outcome.
 
     Args:
         kernel (Tensor): ``(..., m, m)`` with no negative entry.

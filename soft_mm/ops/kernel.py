@@ -12,14 +12,15 @@ def compute_dtype(tensor):
 
 
 def gaussian_kernel(a, b):
-    """``exp(-||a_i - b_j||^2 / 2)`` for all pairs, through one batched matrix product (SOFT, section 3.2).
+    """``exp(-||a_i - b_j||^2 / 2)`` for all pairs, through one batched matrix product (SOFT, section 3.1).
 
     Args:
         a (Tensor): tokens ``(..., n, d)``.
         b (Tensor): tokens ``(..., m, d)``.
 
     Returns:
-        Tensor: ``(..., n, m)`` with entries in [0, 1], in float32, or float64 where the inputs are; autocast does not reach inside.
+        Tensor: ``(..., n, m)`` with entries in [0, 1], in float32, or float64 where the inputs are; autocast does
+            not reach inside.
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))

@@ -9,11 +9,11 @@ from .kernel import compute_dtype
 
 
 def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
-    """Sample landmarks by a strided convolution: ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.3).
+    """Sample landmarks by a strided convolution: ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.2).
 
-    The patches do not overlap, so the convolution is one matrix product over flattened patches. A remainder of the grid beyond a
-    whole number of patches is left out; a side shorter than one patch is stretched to one by nearest neighbours, so that there is
-    always a landmark.
+    The patches do not overlap, so the convolution is one matrix product over flattened patches. A remainder of the
+    grid beyond a whole number of patches is left out; a side shorter than one patch is stretched to one by nearest
+    neighbours, so that there is always a landmark.
 
     Args:
         q (Tensor): scaled queries ``(B, h, n, d)`` with ``n = H * W``.
@@ -70,8 +70,8 @@ def pool_landmarks(landmarks, grid, max_landmarks):
         max_landmarks (int | None): ``None`` keeps all.
 
     Returns:
-        tuple[Tensor, float]: ``(B, h, m, d)``, and ``M / m``, the number of landmarks that one of them now stands for. With
-        ``M <= max_landmarks`` the very tensor that was given, and 1.
+        tuple[Tensor, float]: ``(B, h, m, d)``, and ``M / m``, the number of landmarks that one of them now stands
+        for. With ``M <= max_landmarks`` the very tensor that was given, and 1.
     """
     B, heads, count, d = landmarks.shape
     if max_landmarks is None or count <= max_landmarks:

@@ -1,9 +1,10 @@
 """Every formula of the attention once, plainly: the oracle of the tests.
 
-Nothing here is meant to be fast. Each function follows the papers step by step in the dtype it is given and forms every matrix it
-speaks of. The module needs torch alone and nothing else of this package.
+Nothing here is meant to be fast. Each function follows the papers step by step in the dtype it is given and forms
+every matrix it speaks of. The module needs torch alone and nothing else of this package.
 
-Symbols: ``B`` images, ``h`` heads, ``n = H * W`` tokens on an ``(H, W)`` grid, ``d`` channels per head, ``m`` landmarks.
+Symbols: ``B`` images, ``h`` heads, ``n = H * W`` tokens on an ``(H, W)`` grid, ``d`` channels per head, ``m``
+    landmarks.
 
 SOFT: *Softmax-free Transformer with Linear Complexity*, NeurIPS 2021, arXiv:2110.11945.
 SOFT++: *Softmax-free Linear Transformers*, IJCV 2024, arXiv:2207.03341.
@@ -14,15 +15,16 @@ import torch.nn.functional as F
 
 
 def gaussian_kernel(a, b):
-    """``exp(-||a_i - b_j||^2 / 2)`` of ``(..., n, d)`` and ``(..., m, d)``, shape ``(..., n, m)`` (SOFT, section 3.2)."""
+    """``exp(-||a_i - b_j||^2 / 2)`` of ``(..., n, d)`` and ``(..., m, d)``: ``(..., n, m)`` (SOFT, section 3.1)."""
     return torch.exp(-(a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1) / 2)
 
 
 def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
-    """Landmark tokens ``GELU(LayerNorm(conv(q)))`` of queries ``(B, h, n, d)`` (SOFT, section 3.3).
+    """Landmark tokens ``GELU(LayerNorm(conv(q)))`` of queries ``(B, h, n, d)`` (SOFT, section 3.2).
 
-    ``weight`` is ``(d, d, r, r)``: a convolution of kernel and stride ``r`` that every head shares. A side of the grid shorter than
-    ``r`` is first stretched to ``r`` by nearest neighbours. Returns ``(B, h, m, d)``, ``m = floor(H / r) * floor(W / r)``.
+    ``weight`` is ``(d, d, r, r)``: a convolution of kernel and stride ``r`` that every head shares. A side of the
+    grid shorter than ``r`` is first stretched to ``r`` by nearest neighbours. Returns ``(B, h, m, d)``,
+    ``m = floor(H / r) * floor(W / r)``.
     """
     (B, h, _, d), (H, W), r = q.shape, grid, weight.shape[-1]
     maps = q.reshape(B * h, H, W, d).permute(0, 3, 1, 2)
@@ -32,7 +34,7 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
 
 
 def newton_inverse(kernel, iterations=20, ridge=0.01):
-    """Truncated Newton inverse of each ``(..., m, m)`` matrix plus ``ridge * I`` (SOFT, section 3.3 and the authors' code)."""
+    """Truncated Newton inverse of each ``(..., m, m)`` matrix plus ``ridge * I`` (SOFT, section 3.2)."""
     alpha = 1.8 / kernel.sum(-1).amax(-1)[..., None, None] ** 2
     kernel = kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     inverse = alpha * kernel
@@ -44,8 +46,8 @@ def newton_inverse(kernel, iterations=20, ridge=0.01):
 def newton_inverse_per_image(kernel, iterations=20):
     """Truncated Newton inverse without a ridge, one step size for all heads of an image (SOFT++ and the authors' code).
 
-    ``kernel`` is ``(B, h, m, m)``. The step size is ``2 / (largest row sum)^2``, halved up to ten times while the largest column sum
-    of ``|I - A V_0|`` exceeds 1.01, both maxima over the heads of one image.
+    ``kernel`` is ``(B, h, m, m)``. The step size is ``2 / (largest row sum)^2``, halved up to ten times while the
+    largest column sum of ``|I - A V_0|`` exceeds 1.01, both maxima over the heads of one image.
     """
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     inverses = []
@@ -68,7 +70,8 @@ def ridge_inverse(kernel, ridge=0.01):
 
 
 def softmax_free_attention(q, landmarks, v, inverse, normalized=False, degree_scale=1.0):
-    """``P A_inv P^T v``, or with ``normalized`` ``P D^-1/2 A_inv D^-1/2 P^T v`` (SOFT, equation 9; SOFT++, section 3.4).
+    """``P A_inv P^T v``, or with ``normalized`` ``P D^-1/2 A_inv D^-1/2 P^T v`` (SOFT, section 3.2; SOFT++,
+    attention normalisation).
 
     Args:
         q: scaled queries, which are the keys too, ``(B, h, n, d)``.
@@ -87,7 +90,7 @@ def softmax_free_attention(q, landmarks, v, inverse, normalized=False, degree_sc
 
 
 def local_branch(v, grid, weight):
-    """Depthwise convolution of the values ``(B, h, n, d)`` with one ``(c, c)`` filter per head, ``weight`` being ``(h, 1, c, c)``."""
+    """Depthwise convolution of values ``(B, h, n, d)`` with one filter per head, ``weight`` being ``(h, 1, c, c)``."""
     (B, h, n, d), (H, W) = v.shape, grid
     maps = v.permute(0, 3, 1, 2).reshape(B * d, h, H, W)
     out = F.conv2d(maps, weight, padding=weight.shape[-1] // 2, groups=h)

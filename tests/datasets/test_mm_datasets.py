@@ -110,9 +110,7 @@ from mmengine.registry import DATASETS
 import soft_mm.datasets
 assert DATASETS.get('soft_mm.PhotoDigitsCrops') is soft_mm.datasets.PhotoDigitsCrops
 """
-    result = subprocess.run(
-        [sys.executable, '-c', code], cwd=root, env=environment, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, '-c', code], cwd=root, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -158,10 +156,7 @@ def test_worker_processes_make_the_same_samples():
         return torch.stack([torch.from_numpy(data['img']) for data in batch])
 
     dataset = PhotoDigitsCrops(length=8)
-    batches = [
-        next(iter(torch.utils.data.DataLoader(dataset, 8, num_workers=n, collate_fn=collate)))
-        for n in (0, 2)
-    ]
+    batches = [next(iter(torch.utils.data.DataLoader(dataset, 8, num_workers=n, collate_fn=collate))) for n in (0, 2)]
     assert torch.equal(*batches)
 
 

@@ -64,9 +64,7 @@ def test_samples_depend_on_seed_and_split_only_where_they_should():
 def test_samples_repeat_in_another_process(root, environment):
     code = 'from test_photo_digits import digest; print(*digest())'
     environment = dict(environment, PYTHONPATH=f'{root}:{root}/tests/datasets')
-    result = subprocess.run(
-        [sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.split() == digest()
 
 
@@ -170,10 +168,7 @@ def test_background_strength():
     colours, counts = np.unique(scene.image.reshape(-1, 3), axis=0, return_counts=True)
     assert counts.max() > 0.3 * 32 * 32
 
-    first, last = (
-        SceneGenerator('val', background=(0, 1), length=10).generate(index).image
-        for index in (0, 9)
-    )
+    first, last = (SceneGenerator('val', background=(0, 1), length=10).generate(index).image for index in (0, 9))
     np.testing.assert_array_equal(first, SceneGenerator('val', background=0).generate(0).image)
     np.testing.assert_array_equal(last, SceneGenerator('val').generate(9).image)
 

@@ -58,7 +58,12 @@ def test_attention_core_with_gradients(kind, regime):
     fixture = record(f'attention_{kind}_{regime}')
     module = SoftmaxFreeAttention(normalized=kind == 'norm', **CORE['module']).double()
     with torch.no_grad():
-        parameters = (module.landmark.weight, module.landmark_norm.weight, module.landmark_norm.bias, module.local.weight)
+        parameters = (
+            module.landmark.weight,
+            module.landmark_norm.weight,
+            module.landmark_norm.bias,
+            module.local.weight,
+        )
         for parameter, value in zip(parameters, core_weights(regime)):
             parameter.copy_(value)
     q, v = (fixture[key].double().requires_grad_() for key in ('q', 'v'))
@@ -67,6 +72,6 @@ def test_attention_core_with_gradients(kind, regime):
     tokens = v.transpose(1, 2).reshape(1, -1, 64)
     out = out + ops.local_branch(tokens, CORE['grid'], module.local.weight).reshape(1, -1, 2, 32).transpose(1, 2)
     out.backward(fixture['grad_out'].double())
-    for name, value in (('out', out), ('grad_q', q.grad), ('grad_v', v.grad)):
+    for name, value in dict(out=out.detach(), grad_q=q.grad, grad_v=v.grad).items():
         scale = fixture[name].abs().max()
-        torch.testing.assert_close(value.detach().float() / scale, fixture[name] / scale, rtol=0, atol=1e-4, msg=lambda m: f'{name}: {m}')
+        torch.testing.assert_close(value.float() / scale, fixture[name] / scale, rtol=0, atol=1e-4)

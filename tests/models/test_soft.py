@@ -7,7 +7,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 
 from soft_mm import SOFT, SoftmaxFreeAttention
-from soft_mm.models.blocks import DropPath, MLP
+from soft_mm.models.blocks import MLP, DropPath
 from soft_mm.registry import MODELS
 
 TINY_DIMS = (64, 128, 320, 512)
@@ -126,7 +126,9 @@ def test_attention_of_a_user():
     try:
         attn = reduced(attention=dict(type='IdentityAttention', gain=2)).stages[2].blocks[1].attn
         assert attn.gain == 2
-        with pytest.raises(TypeError, match=r"\['gian'\] are unknown to IdentityAttention; allowed are \['type', 'gain'\]"):
+        with pytest.raises(
+            TypeError, match=r"\['gian'\] are unknown to IdentityAttention; allowed are \['type', 'gain'\]"
+        ):
             reduced(attention=dict(type='IdentityAttention', gian=2))
     finally:
         MODELS.module_dict.pop('IdentityAttention')
@@ -143,7 +145,12 @@ def test_max_landmarks_that_do_not_bind_change_nothing():
 def test_initialisation_is_the_authors():
     model = SOFT('tiny')
     attn = model.stages[2].blocks[0].attn
-    for weight in (attn.qv.weight, attn.proj.weight, model.stages[3].pos_embed, model.stages[3].blocks[0].mlp.fc1.weight):
+    for weight in (
+        attn.qv.weight,
+        attn.proj.weight,
+        model.stages[3].pos_embed,
+        model.stages[3].blocks[0].mlp.fc1.weight,
+    ):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.stages[3].cls_token.abs().max() > 0
     for bias in (attn.qv.bias, attn.proj.bias, model.stages[3].norm.bias):
@@ -202,7 +209,9 @@ def test_norm_eval(norm_eval):
     assert not any(norm.training for norm in norms if model.eval())
 
 
-@pytest.mark.parametrize('attention', [ATTENTIONS['default'], ATTENTIONS['normalized-cholesky']], ids=['plain', 'normalized'])
+@pytest.mark.parametrize(
+    'attention', [ATTENTIONS['default'], ATTENTIONS['normalized-cholesky']], ids=['plain', 'normalized']
+)
 def test_with_cp_computes_the_same(attention):
     x = torch.randn(2, 3, 64, 64)
     results = []
@@ -244,7 +253,11 @@ def test_layer_depth():
 
 
 BAD_OPTIONS = [
-    (dict(arch='nano'), ValueError, r"arch='nano' is unknown; choose one of \['tiny', 'small', 'medium', 'large', 'huge'\]"),
+    (
+        dict(arch='nano'),
+        ValueError,
+        r"arch='nano' is unknown; choose one of \['tiny', 'small', 'medium', 'large', 'huge'\]",
+    ),
     (dict(arch=3), ValueError, 'arch=3 must be one of'),
     (dict(arch=dict(embed_dims=(32, 64, 96, 128))), ValueError, r"missing keys \['num_heads', 'depths'\]"),
     (dict(arch=dict(REDUCED_ARCH, widths=3)), ValueError, r"unknown keys \['widths'\]"),
@@ -253,8 +266,16 @@ BAD_OPTIONS = [
     (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 0, 1))), ValueError, 'depths: 0 must be a whole number from 1 up'),
     (dict(arch=dict(REDUCED_ARCH, ratios=(8, 4, 2, 2))), ValueError, 'must end in 1'),
     (dict(arch=dict(REDUCED_ARCH, conv_sizes=(9, 4, 3))), ValueError, 'must be odd'),
-    (dict(attention=dict(type='FlashAttention9')), ValueError, r"'FlashAttention9' is unknown; registered are .*'SoftmaxFreeAttention'"),
-    (dict(attention=dict(normalised=True)), TypeError, r"\['normalised'\] are unknown to SoftmaxFreeAttention; allowed are"),
+    (
+        dict(attention=dict(type='FlashAttention9')),
+        ValueError,
+        r"'FlashAttention9' is unknown; registered are .*'SoftmaxFreeAttention'",
+    ),
+    (
+        dict(attention=dict(normalised=True)),
+        TypeError,
+        r"\['normalised'\] are unknown to SoftmaxFreeAttention; allowed are",
+    ),
     (dict(attention=dict(embed_dims=3)), TypeError, r"\['embed_dims'\] are unknown"),
     (dict(attention=dict(solver='svd')), ValueError, "solver='svd' is unknown; choose one of"),
     (dict(attention=dict(newton_backward='none')), ValueError, "newton_backward='none' is unknown"),
@@ -341,10 +362,26 @@ def test_pretrained_backbone_for_fewer_stages_and_another_size(classifier_checkp
 @pytest.mark.parametrize(
     ('options', 'prefix', 'message'),
     [
-        (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 3, 1))), 'backbone.', r'1\d keys missing .*stages.2.blocks.2.*0 unexpected'),
-        (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 1, 1))), 'backbone.', r'0 keys missing .*unexpected .*stages.2.blocks.1'),
-        (dict(arch=dict(REDUCED_ARCH, embed_dims=(32, 64, 192, 128), num_heads=(1, 2, 6, 4))), 'backbone.', 'of another shape'),
-        (dict(arch=REDUCED_ARCH, in_channels=1), 'backbone.', r'1 of another shape .*\(32, 3, 3, 3\) for \(32, 1, 3, 3\)'),
+        (
+            dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 3, 1))),
+            'backbone.',
+            r'1\d keys missing .*stages.2.blocks.2.*0 unexpected',
+        ),
+        (
+            dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 1, 1))),
+            'backbone.',
+            r'0 keys missing .*unexpected .*stages.2.blocks.1',
+        ),
+        (
+            dict(arch=dict(REDUCED_ARCH, embed_dims=(32, 64, 192, 128), num_heads=(1, 2, 6, 4))),
+            'backbone.',
+            'of another shape',
+        ),
+        (
+            dict(arch=REDUCED_ARCH, in_channels=1),
+            'backbone.',
+            r'1 of another shape .*\(32, 3, 3, 3\) for \(32, 1, 3, 3\)',
+        ),
         (dict(arch=REDUCED_ARCH), None, r"keys under \['backbone', 'head'\]: set `prefix` in init_cfg"),
         (dict(arch=REDUCED_ARCH), 'encoder.', r"keys under \['backbone', 'head'\]"),
     ],

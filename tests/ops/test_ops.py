@@ -1,4 +1,4 @@
-"""The fast forms against the plain reference: outputs and every gradient, odd and non-square grids, float64 and float32."""
+"""The fast forms against the plain reference: outputs, every gradient, odd grids, float64 and float32."""
 
 import pytest
 import torch
@@ -162,7 +162,9 @@ def test_one_step_backward_is_the_gradient_once_converged():
 
 
 def test_one_step_backward_is_another_gradient_when_truncated():
-    kernel = reference.gaussian_kernel(*[0.05 * torch.randn(1, 20, D, generator=torch.Generator().manual_seed(0)).double()] * 2)
+    kernel = reference.gaussian_kernel(
+        *[0.05 * torch.randn(1, 20, D, generator=torch.Generator().manual_seed(0)).double()] * 2
+    )
     kernel.requires_grad_()
     inverse = ops.newton_inverse(kernel, 5)
     grad = torch.ones_like(inverse)
@@ -221,7 +223,14 @@ def test_ridge_is_raised_only_where_the_dtype_asks_for_it():
 
 @pytest.mark.parametrize(
     ('grid', 'bound', 'wanted'),
-    [((7, 7), 49, (7, 7)), ((28, 28), 49, (7, 7)), ((25, 42), 49, (5, 9)), ((42, 25), 49, (9, 5)), ((1, 100), 8, (1, 8)), ((9, 9), 1, (1, 1))],
+    [
+        ((7, 7), 49, (7, 7)),
+        ((28, 28), 49, (7, 7)),
+        ((25, 42), 49, (5, 9)),
+        ((42, 25), 49, (9, 5)),
+        ((1, 100), 8, (1, 8)),
+        ((9, 9), 1, (1, 1)),
+    ],
 )
 def test_pooled_grid(grid, bound, wanted):
     assert ops.pooled_grid(grid, bound) == wanted

@@ -6,6 +6,7 @@ from authors import CORE, VARIANTS, core_weights, record
 
 from soft_mm.ops import reference
 
+
 @pytest.mark.parametrize(('kind', 'regime'), VARIANTS)
 def test_reference_reproduces_authors_attention(kind, regime):
     fixture = record(f'attention_{kind}_{regime}')

@@ -1,14 +1,13 @@
-# Single-digit crops of 64x64 for mmpretrain: composed on the fly for training, read from disk for validation
-# (tools/make_photo_digits.py writes them there). No two training samples are alike, so the order needs no shuffling and the
-# background can fade in over the first of them.
+# Single-digit crops for mmpretrain: composed on the fly for training, read from disk for validation
+# (tools/make_photo_digits.py writes them there). No two training samples are alike, so their order needs no shuffling,
+# and the easy ones come first: small crops whose background fades in, then crops of the size of validation.
 data_root = 'data/photo_digits/'
 batch_size = 64
-fade_in_iters = 300
-full_iters = 500
+small_iters = 600
+full_iters = 650
+train_pipeline = [dict(type='PackInputs')]
 
-data_preprocessor = dict(
-    num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True
-)
+data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=1,
@@ -20,15 +19,16 @@ train_dataloader = dict(
             dict(
                 type='soft_mm.PhotoDigitsCrops',
                 seed=0,
-                length=batch_size * fade_in_iters,
-                generator=dict(background=(0.0, 1.0)),
-                pipeline=[dict(type='PackInputs')],
+                length=batch_size * small_iters,
+                generator=dict(size=32, background=(0.0, 1.0), recolour=0.8),
+                pipeline=train_pipeline,
             ),
             dict(
                 type='soft_mm.PhotoDigitsCrops',
                 seed=1,
                 length=batch_size * full_iters,
-                pipeline=[dict(type='PackInputs')],
+                generator=dict(recolour=0.8),
+                pipeline=train_pipeline,
             ),
         ],
     ),

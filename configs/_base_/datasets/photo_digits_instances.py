@@ -14,6 +14,7 @@ train_dataloader = dict(
     dataset=dict(
         type='soft_mm.PhotoDigitsScenes',
         length=num_train_scenes,
+        generator=dict(recolour=0.8),
         pipeline=[
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
             dict(type='Resize', scale=scale),

@@ -1,11 +1,13 @@
-# AdamW, linear warm-up and cosine decay, counted in iterations. A config sets `max_iters` in `train_cfg`, in the cosine's `end`, and
-# `val_interval`.
+# AdamW, linear warm-up and cosine decay, counted in iterations. A config sets `max_iters` in `train_cfg`, in the
+# cosine's `end`, and `val_interval`.
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=1.0),
     paramwise_cfg=dict(
-        norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys=dict(pos_embed=dict(decay_mult=0.0), cls_token=dict(decay_mult=0.0))
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        custom_keys=dict(pos_embed=dict(decay_mult=0.0), cls_token=dict(decay_mult=0.0)),
     ),
 )
 param_scheduler = [

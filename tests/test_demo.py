@@ -1,0 +1,139 @@
+"""The demo's bookkeeping: what is resumed, skipped, done again, and summed up."""
+
+import json
+import subprocess
+
+import pytest
+
+from soft_mm import demo
+from soft_mm.analysis.logs import last_checkpoint, read_scalars
+
+METRICS = {
+    'classification': {'accuracy/top1': 91.5},
+    'detection': {
+        'coco/bbox_mAP': 0.6,
+        'coco/bbox_mAP_50': 0.9,
+        'coco/segm_mAP': 0.5,
+        'coco/segm_mAP_50': 0.85,
+    },
+    'segmentation': {'mIoU': 63.0},
+}
+
+
+def write_run(work_dir, name, records):
+    folder = work_dir / name / 'vis_data'
+    folder.mkdir(parents=True)
+    (folder / 'scalars.json').write_text('\n'.join(json.dumps(record) for record in records))
+
+
+class FakeTraining:
+    """Stands for ``tools/train.py``: leaves a checkpoint and the metrics, or fails."""
+
+    def __init__(self):
+        self.commands = []
+        self.fail = set()
+
+    def __call__(self, command, check):
+        self.commands.append(command)
+        work_dir = demo.Path(command[command.index('--work-dir') + 1])
+        (work_dir / 'iter_1.pth').write_bytes(work_dir.name.encode())
+        (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_1.pth'))
+        if work_dir.name in self.fail:
+            raise subprocess.CalledProcessError(3, command)
+        write_run(
+            work_dir, f'run{len(self.commands)}', [dict(loss=1.0, step=1), dict(step=1, **METRICS[work_dir.name])]
+        )
+
+    @property
+    def trained(self):
+        return [demo.Path(command[command.index('--work-dir') + 1]).name for command in self.commands]
+
+
+@pytest.fixture
+def training(monkeypatch, tmp_path):
+    """The demo with its trainings, data and prediction pictures replaced; what is tested is the rest."""
+    fake = FakeTraining()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.subprocess, 'run', fake)
+
+    def export(out, **kwargs):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'photo_digits.json').write_text('{}')
+        return True
+
+    class Inline:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def submit(self, function, config, checkpoint, picture):
+            picture.write_bytes(b'')
+            return type('Done', (), dict(result=lambda self: None))()
+
+    monkeypatch.setattr(demo, 'export_photo_digits', export)
+    monkeypatch.setattr(demo, 'ProcessPoolExecutor', Inline)
+    return fake
+
+
+def test_summary_and_order(training, tmp_path):
+    summary = demo.run_demo('demo')
+    assert training.trained == ['classification', 'detection', 'segmentation']
+    assert f'model.backbone.init_cfg.checkpoint={demo.Path("demo/classification/iter_1.pth")}' in training.commands[1]
+    assert json.loads((tmp_path / 'demo/summary.json').read_text()) == summary
+    assert summary['classification']['top1'] == 0.915
+    assert summary['detection']['bbox_mAP_50'] == 0.9 and summary['segmentation']['mIoU'] == 0.63
+    assert all(summary[task]['seconds'] >= 0 for task in METRICS)
+    assert {'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'soft_mm'} <= summary['versions'].keys()
+    assert (tmp_path / 'demo/loss_curves.png').stat().st_size > 1000
+
+
+def test_finished_trainings_are_not_done_again(training):
+    first = demo.run_demo('demo')
+    assert demo.run_demo('demo') == first
+    assert len(training.commands) == 3
+
+
+def test_interrupted_demo_goes_on(training):
+    training.fail = {'detection'}
+    with pytest.raises(RuntimeError, match='detection failed with exit code 3'):
+        demo.run_demo('demo')
+    training.fail = set()
+    demo.run_demo('demo')
+    assert training.trained == ['classification', 'detection', 'detection', 'segmentation']
+    assert '--resume' in training.commands[2]
+
+
+def test_changed_classifier_redoes_what_starts_from_it_and_keeps_the_old_runs(training, tmp_path):
+    demo.run_demo('demo')
+    (tmp_path / 'demo/classification/iter_1.pth').write_bytes(b'other weights')
+    demo.run_demo('demo')
+    assert training.trained[3:] == ['detection', 'segmentation']
+    assert len(list((tmp_path / 'demo').glob('detection.*-*'))) == 1
+
+
+def test_from_scratch_trains_no_classifier(training):
+    summary = demo.run_demo('scratch', from_scratch=True)
+    assert training.trained == ['detection', 'segmentation'] and 'classification' not in summary
+    assert all('model.backbone.init_cfg=None' in command for command in training.commands)
+
+
+def test_scalars_of_a_resumed_run_replace_those_done_twice(tmp_path):
+    write_run(tmp_path, '20260101_1', [dict(loss=3.0, step=10), dict(loss=2.0, step=20)])
+    write_run(tmp_path, '20260101_2', [dict(loss=1.5, step=20), dict(step=20, mIoU=5.0)])
+    with open(tmp_path / '20260101_2/vis_data/scalars.json', 'a') as file:
+        file.write('\n{"loss": 1.')
+    records = read_scalars(tmp_path)
+    assert [(r['step'], r.get('loss')) for r in records] == [(10, 3.0), (20, 1.5), (20, None)]
+
+
+def test_last_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / 'last_checkpoint').write_text('/elsewhere/iter_5.pth')
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / 'iter_5.pth').write_bytes(b'')
+    assert last_checkpoint(tmp_path) == tmp_path / 'iter_5.pth'
