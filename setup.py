@@ -22,7 +22,8 @@ def read_description():
 # and an extra names a whole stack of one family.
 ORIGINAL = [
     'mmengine>=0.8.0',
-    'mmcv>=2.0.0',
+    # mmdet and mmsegmentation refuse to be imported beside 2.2, and do not tell pip.
+    'mmcv>=2.0.0,<2.2.0',
     'mmpretrain>=1.0.0',
     'mmdet>=3.0.0',
     'mmsegmentation>=1.0.0',
@@ -47,19 +48,18 @@ setup(
     license='Apache-2.0',
     keywords='computer vision, transformer, linear attention, image classification, '
     'object detection, semantic segmentation',
-    python_requires='>=3.9',
+    python_requires='>=3.10',
     packages=find_packages(include=['soft_mm', 'soft_mm.*']),
     install_requires=['torch>=2.0'],
     extras_require={
         'original': ORIGINAL,
         'maintained': MAINTAINED,
-        'photo-digits': ['scikit-learn', 'scikit-image', 'scipy', 'matplotlib'],
+        'photo-digits': ['scikit-learn', 'scikit-image', 'pycocotools', 'rich'],
         'dev': ['pytest', 'ruff', 'pre-commit'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',
         'Programming Language :: Python :: 3',
-        'Programming Language :: Python :: 3.9',
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',

@@ -26,7 +26,7 @@ from soft_mm.analysis.pictures import draw_loss_curves, draw_predictions
 from soft_mm.datasets.export import export_photo_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path('data/photo_digits')
+DATA = Path('data/photo_digits_demo')
 NUM_VAL = dict(num_crops=1000, num_scenes=200)
 
 
@@ -118,34 +118,35 @@ def _train(task, work_dir, options, pretrained, console):
         work_dir.mkdir()
         console.print(f'config, weights or data have changed: starting over, the earlier run is kept in {aside}')
         record = {}
-    if 'metrics' in record:
+    checkpoint = last_checkpoint(work_dir)
+    if 'metrics' in record and checkpoint:
         console.print('finished already')
         return dict(record['metrics'], seconds=record['seconds'])
     record = dict(fingerprint=fingerprint, seconds=record.get('seconds', 0.0))
-    record_file.write_text(json.dumps(record))
-    if last_checkpoint(work_dir):
-        console.print(f'resuming from {last_checkpoint(work_dir)}')
-    command = [
-        sys.executable,
-        str(ROOT / 'tools' / 'train.py'),
-        str(task.config_file),
-        '--work-dir',
-        str(work_dir),
-        '--resume',
-    ]
-    if options:
-        command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
     start = time.time()
     try:
-        subprocess.run(command, check=True)
+        record_file.write_text(json.dumps(record))
+        common = [str(task.config_file), '--work-dir', str(work_dir)]
+        resume = ['--resume', str(checkpoint)] if checkpoint else []
+        overrides = ['--cfg-options', *(f'{key}={value}' for key, value in options.items())] if options else []
+        _run_tool('train.py', *common, *resume, *overrides)
+        metrics_file = work_dir / 'metrics.json'
+        if _logged_metrics(task, work_dir) is None:
+            # Interrupted between its last checkpoint and its evaluation, a training has nothing left to do.
+            _run_tool('test.py', *common, '--json', str(metrics_file), str(last_checkpoint(work_dir)))
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f'{task.name} failed with exit code {error.returncode}; its log is in {work_dir}') from error
     finally:
         record['seconds'] = round(record['seconds'] + time.time() - start, 1)
         record_file.write_text(json.dumps(record))
-    record['metrics'] = _metrics(task, work_dir)
+    logged = _logged_metrics(task, work_dir) or json.loads(metrics_file.read_text())
+    record['metrics'] = {name: round(logged[key] * scale, 4) for key, (name, scale) in task.metrics.items()}
     record_file.write_text(json.dumps(record))
     return dict(record['metrics'], seconds=record['seconds'])
+
+
+def _run_tool(name, *arguments):
+    subprocess.run([sys.executable, str(ROOT / 'tools' / name), *arguments], check=True)
 
 
 def _fingerprint(task, pretrained):
@@ -157,11 +158,10 @@ def _fingerprint(task, pretrained):
     return digest.hexdigest()
 
 
-def _metrics(task, work_dir):
-    evaluations = [record for record in read_scalars(work_dir) if all(name in record for name in task.metrics)]
-    if not evaluations:
-        raise RuntimeError(f'{task.name}: the run left no {list(task.metrics)} in {work_dir}')
-    return {name: round(evaluations[-1][key] * scale, 4) for key, (name, scale) in task.metrics.items()}
+def _logged_metrics(task, work_dir):
+    """The last evaluation in the logs of the trainings, or None."""
+    records = [record for record in read_scalars(work_dir) if all(name in record for name in task.metrics)]
+    return records[-1] if records else None
 
 
 def _versions():

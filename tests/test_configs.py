@@ -1,9 +1,12 @@
 """The photo-digits configs: they parse, build, train a step and predict, and start from a classifier's checkpoint."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import mmcv
 import pytest
 import torch
 from mmengine.config import Config
@@ -31,7 +34,7 @@ def workspace(tmp_path_factory):
     from soft_mm.datasets.export import export_photo_digits
 
     folder = tmp_path_factory.mktemp('workspace')
-    export_photo_digits(folder / 'data/photo_digits', splits=('val',), **SMALL_DATA)
+    export_photo_digits(folder / 'data/photo_digits_demo', splits=('val',), **SMALL_DATA)
     return folder
 
 
@@ -48,7 +51,8 @@ def classifier(workspace):
     done = train(workspace, CLASSIFIER)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'accuracy/top1' in done.stdout + done.stderr
-    return workspace / 'work_dirs' / CLASSIFIER.stem / 'iter_2.pth'
+    # A training that goes on in the same folder removes its older checkpoints.
+    return shutil.copy(workspace / 'work_dirs' / CLASSIFIER.stem / 'iter_2.pth', workspace / 'classifier.pth')
 
 
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda path: path.stem)
@@ -67,7 +71,17 @@ def test_dense_config_trains_from_the_classifier_and_evaluates(config, workspace
     assert done.returncode == 0, log[-3000:]
     keys = sum(key.startswith('backbone.') for key in torch.load(classifier, weights_only=False)['state_dict'])
     assert f'SOFT: all {keys} backbone keys loaded from {classifier}' in log
-    assert ('mIoU' if 'fpn_soft' == config.stem[:8] else 'bbox_mAP') in log
+    assert ('mIoU' if config.stem.startswith('fpn') else 'bbox_mAP') in log
+    code = f"""
+from soft_mm.analysis.pictures import draw_predictions
+draw_predictions({str(config)!r}, 'work_dirs/{config.stem}/iter_2.pth', 'picture.png', count=3, columns=2)
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=workspace, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    picture = mmcv.imread(workspace / 'picture.png')
+    # Two rows of two scenes of 256 pixels, the last place empty, each scene beside its prediction.
+    assert picture.shape == (512, 1024, 3) and not picture[256:, 512:].any() and picture[:, :512].std() > 10
+    assert not list(workspace.glob('picture.png?*'))
 
 
 def test_training_resumes_and_test_tool_evaluates(workspace, classifier):
@@ -75,11 +89,20 @@ def test_training_resumes_and_test_tool_evaluates(workspace, classifier):
     assert done.returncode == 0, done.stderr[-3000:]
     log = done.stdout + done.stderr
     assert 'resumed epoch: 0, iter: 2' in log and '[3/3]' in log
-    command = [sys.executable, str(ROOT / 'tools/test.py'), str(CLASSIFIER), str(classifier.with_name('iter_3.pth'))]
+    command = [
+        sys.executable,
+        str(ROOT / 'tools/test.py'),
+        str(CLASSIFIER),
+        str(workspace / 'work_dirs' / CLASSIFIER.stem / 'iter_3.pth'),
+    ]
     done = subprocess.run(
-        [*command, '--cfg-options', 'test_dataloader.num_workers=0'], cwd=workspace, capture_output=True, text=True
+        [*command, '--json', 'metrics.json', '--cfg-options', 'test_dataloader.num_workers=0'],
+        cwd=workspace,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0 and 'accuracy/top1' in done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 0 <= json.loads((workspace / 'metrics.json').read_text())['accuracy/top1'] <= 100
 
 
 def test_checkpoint_of_another_arch_stops_the_training(workspace, classifier):

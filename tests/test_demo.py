@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+from mmengine.config import Config
 
 from soft_mm import demo
 from soft_mm.analysis.logs import last_checkpoint, read_scalars
@@ -32,21 +33,27 @@ class FakeTraining:
     def __init__(self):
         self.commands = []
         self.fail = set()
+        self.cut = set()
 
     def __call__(self, command, check):
         self.commands.append(command)
+        if command[1].endswith('test.py'):
+            demo.Path(command[command.index('--json') + 1]).write_text(json.dumps(METRICS['classification']))
+            return
         work_dir = demo.Path(command[command.index('--work-dir') + 1])
         (work_dir / 'iter_1.pth').write_bytes(work_dir.name.encode())
         (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_1.pth'))
         if work_dir.name in self.fail:
             raise subprocess.CalledProcessError(3, command)
+        if work_dir.name in self.cut:
+            return
         write_run(
             work_dir, f'run{len(self.commands)}', [dict(loss=1.0, step=1), dict(step=1, **METRICS[work_dir.name])]
         )
 
     @property
     def trained(self):
-        return [demo.Path(command[command.index('--work-dir') + 1]).name for command in self.commands]
+        return [demo.Path(c[c.index('--work-dir') + 1]).name for c in self.commands if c[1].endswith('train.py')]
 
 
 @pytest.fixture
@@ -106,6 +113,26 @@ def test_interrupted_demo_goes_on(training):
     demo.run_demo('demo')
     assert training.trained == ['classification', 'detection', 'detection', 'segmentation']
     assert '--resume' in training.commands[2]
+
+
+def test_training_that_was_cut_before_its_evaluation_is_evaluated(training):
+    training.cut = {'classification'}
+    assert demo.run_demo('demo')['classification']['top1'] == 0.915
+    assert training.commands[1][1].endswith('test.py')
+
+
+def test_finished_training_without_its_checkpoint_is_done_again(training, tmp_path):
+    demo.run_demo('demo')
+    (tmp_path / 'demo/classification/iter_1.pth').unlink()
+    demo.run_demo('demo')
+    assert training.trained[3] == 'classification'
+
+
+def test_configs_name_the_checkpoint_that_the_demo_leaves():
+    iterations = Config.fromfile(demo.CLASSIFICATION.config_file).train_cfg.max_iters
+    for task in (demo.DETECTION, demo.SEGMENTATION):
+        checkpoint = Config.fromfile(task.config_file).model.backbone.init_cfg.checkpoint
+        assert checkpoint == f'work_dirs/demo/classification/iter_{iterations}.pth'
 
 
 def test_changed_classifier_redoes_what_starts_from_it_and_keeps_the_old_runs(training, tmp_path):

@@ -340,11 +340,16 @@ def test_interrupted_compilation_is_repeated(setup_env, steps):
     assert not setup_env.mmcv_is_current()
 
 
-def test_asking_for_cuda_compiles_mmcv_again(setup_env, steps, monkeypatch):
+def test_asking_for_cuda_compiles_mmcv_again_and_is_remembered(setup_env, steps, monkeypatch):
     monkeypatch.delenv('FORCE_CUDA', raising=False)
     setup_env.main([])
     monkeypatch.setenv('FORCE_CUDA', '1')
-    assert not setup_env.mmcv_is_current()
+    assert not setup_env.is_ready()
+    steps.clear()
+    setup_env.main([])
+    assert 'installing mmcv.txt' in steps and '+cuda' in setup_env.MMCV_RECORD.read_text()
+    monkeypatch.delenv('FORCE_CUDA')
+    assert setup_env.is_ready() and setup_env.child_environment('g++')['FORCE_CUDA'] == '1'
 
 
 def test_folder_that_is_no_venv_is_not_continued(setup_env):

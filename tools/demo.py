@@ -16,7 +16,7 @@ def main():
     args = parser.parse_args()
     try:
         run_demo('work_dirs/demo-scratch' if args.from_scratch else 'work_dirs/demo', args.from_scratch)
-    except RuntimeError as error:
+    except (RuntimeError, ImportError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit('interrupted; the same command goes on from the newest checkpoint')

@@ -167,9 +167,14 @@ def torch_is_installed():
     return (installed('torch') or '').split('+')[0] == pinned('torch.txt', 'torch')
 
 
+def wants_cuda():
+    """Tells whether mmcv's CUDA operators are asked for, now or when the mmcv in the venv was compiled."""
+    return os.environ.get('FORCE_CUDA') == '1' or (MMCV_RECORD.is_file() and '+cuda' in MMCV_RECORD.read_text())
+
+
 def mmcv_key():
     """What the compiled operators depend on."""
-    cuda = '+cuda' if os.environ.get('FORCE_CUDA') == '1' else ''
+    cuda = '+cuda' if wants_cuda() else ''
     return f'mmcv {pinned("mmcv.txt", "onedl-mmcv")}{cuda} for torch {installed("torch")}'
 
 
@@ -190,7 +195,7 @@ def digest():
 
 def is_ready():
     """Tells whether the venv was finished from the files as they are now."""
-    return STAMP.is_file() and PYTHON.exists() and STAMP.read_text() == digest()
+    return STAMP.is_file() and PYTHON.exists() and STAMP.read_text() == digest() and mmcv_is_current()
 
 
 def write_atomically(path, text):
@@ -286,7 +291,9 @@ def child_environment(compiler):
     memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     jobs = max(1, min(len(os.sched_getaffinity(0)), memory // 2**31))  # up to 2 GB for each file
     environment.setdefault('MAX_JOBS', str(jobs))
-    if environment.get('FORCE_CUDA') != '1':
+    if wants_cuda():
+        environment['FORCE_CUDA'] = '1'
+    else:
         # a GPU in sight would make the build ask for a CUDA compiler that fits torch's
         environment['CUDA_VISIBLE_DEVICES'] = ''
     return environment
@@ -357,11 +364,12 @@ def set_up():
         print('[4/6] mmcv is compiled already')
     else:
         with step(4, 'compiling mmcv: this takes 6 to 10 minutes on two cores'):
+            key = mmcv_key()
             MMCV_RECORD.unlink(missing_ok=True)
             # pip's cache would offer a wheel compiled against another torch
             fresh = ['--no-cache-dir', '--force-reinstall']
             install('mmcv.txt', *fresh, *local)
-            write_atomically(MMCV_RECORD, mmcv_key())
+            write_atomically(MMCV_RECORD, key)
     with step(5, 'toolboxes, libraries and test tools'):
         install('stack.txt')
         install('dev.txt')

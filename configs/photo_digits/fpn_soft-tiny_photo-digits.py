@@ -2,11 +2,11 @@ _base_ = [
     '../_base_/models/fpn_soft-tiny.py',
     '../_base_/default_runtime_mmseg.py',
     '../_base_/datasets/photo_digits_semantic.py',
-    '../_base_/schedules/adamw_cosine_iters.py',
+    '../_base_/schedules/adamw_iters.py',
 ]
 
 # The classifier of soft-tiny_photo-digits-crops.py, where the demo leaves it.
-pretrained = 'work_dirs/demo/classification/last.pth'
+pretrained = 'work_dirs/demo/classification/iter_1400.pth'
 max_iters = 400
 channels = 128
 
@@ -35,10 +35,10 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=60),
     dict(type='CosineAnnealingLR', eta_min_ratio=0.02, by_epoch=False, begin=60, end=max_iters),
 ]
-train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=2),
 )
 log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)

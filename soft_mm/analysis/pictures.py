@@ -1,5 +1,7 @@
 """Pictures of what was trained: loss curves, and predictions beside ground truth."""
 
+from tempfile import TemporaryDirectory
+
 import matplotlib
 import mmcv
 import numpy as np
@@ -48,7 +50,15 @@ def draw_predictions(config, checkpoint, out_file, count=8, columns=2):
         columns (int): images side by side. Defaults to 2.
     """
     cfg = Config.fromfile(config)
-    cfg.work_dir = str(out_file) + '.runner'
+    with TemporaryDirectory() as folder:
+        cfg.work_dir = folder
+        tiles = _draw_tiles(cfg, checkpoint, count)
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
+    mmcv.imwrite(mmcv.rgb2bgr(np.concatenate(rows)), str(out_file))
+
+
+def _draw_tiles(cfg, checkpoint, count):
     cfg.load_from = str(checkpoint)
     cfg.visualizer.vis_backends = []
     runner = Runner.from_cfg(cfg)
@@ -63,5 +73,4 @@ def draw_predictions(config, checkpoint, out_file, count=8, columns=2):
         image = mmcv.imread(sample.img_path, channel_order='rgb')
         runner.visualizer.add_datasample('', image, sample, draw_gt=True, draw_pred=True)
         tiles.append(runner.visualizer.get_image())
-    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    mmcv.imwrite(mmcv.rgb2bgr(np.concatenate(rows)), str(out_file))
+    return tiles

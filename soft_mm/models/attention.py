@@ -14,15 +14,8 @@ from soft_mm import ops
 from soft_mm.ops.attention import check_solver
 from soft_mm.registry import MODELS
 
-DEFAULT_ATTENTION = dict(
-    type='SoftmaxFreeAttention',
-    normalized=False,
-    solver='newton',
-    newton_iterations=20,
-    newton_backward='one_step',
-    max_landmarks=None,
-)
-_SHARED_OPTIONS = ('embed_dims', 'num_heads', 'ratio', 'conv_size', 'init_cfg')
+# What the backbone gives to every attention.
+_SHAPE = ('embed_dims', 'num_heads', 'ratio', 'conv_size')
 
 
 @MODELS.register_module()
@@ -69,6 +62,11 @@ class SoftmaxFreeAttention(BaseModule):
     ):
         super().__init__(init_cfg)
         check_solver(solver, newton_iterations, newton_backward)
+        if embed_dims % num_heads or ratio < 1 or conv_size % 2 == 0:
+            raise ValueError(
+                f'embed_dims={embed_dims}, num_heads={num_heads}, ratio={ratio}, conv_size={conv_size}: the heads must '
+                'divide the width, the ratio be 1 or more, and the filters odd'
+            )
         if not isinstance(normalized, bool):
             raise ValueError(f'normalized={normalized!r} must be True or False')
         if max_landmarks is not None and (
@@ -118,7 +116,8 @@ class SoftmaxFreeAttention(BaseModule):
         return self.proj(out)
 
     def extra_repr(self):
-        return ', '.join(f'{key}={getattr(self, key)!r}' for key in ('num_heads', *DEFAULT_ATTENTION) if key != 'type')
+        options = ('num_heads', 'normalized', 'solver', 'newton_iterations', 'newton_backward', 'max_landmarks')
+        return ', '.join(f'{option}={getattr(self, option)!r}' for option in options)
 
 
 class MultiheadAttention(BaseModule):
@@ -162,20 +161,17 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
         conv_size (int): side of the local filters.
 
     Raises:
-        ValueError: if ``cfg`` is no dict, or for an unknown type or a value out of range.
+        ValueError: for an unknown type or a value out of range.
         TypeError: for a key that the type does not have.
     """
-    if not isinstance(cfg, dict):
-        raise ValueError(f'attention={cfg!r} must be a dict, or a list of three dicts, one per stage')
     options = dict(cfg)
-    kind = options.pop('type', DEFAULT_ATTENTION['type'])
+    kind = options.pop('type', 'SoftmaxFreeAttention')
     # What is no registered name may still be the path of a class, or of something else.
-    cls = MODELS.get(kind) if isinstance(kind, str) else kind
-    if not inspect.isclass(cls):
+    cls = MODELS.get(kind) if isinstance(kind, str) and kind else kind
+    if not inspect.isclass(cls) or not set(_SHAPE) <= set(inspect.signature(cls).parameters):
         raise ValueError(f'attention type {kind!r} is unknown; registered are {_registered_attentions()}')
-    parameters = inspect.signature(cls).parameters
-    own = [name for name in parameters if name not in _SHARED_OPTIONS]
-    unknown = sorted(set(options) - set(parameters) | set(options) & set(_SHARED_OPTIONS[:4]))
+    own = [name for name in inspect.signature(cls).parameters if name not in _SHAPE]
+    unknown = sorted(set(options) - set(own))
     if unknown:
         raise TypeError(f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *own]}')
     return cls(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size, **options)

@@ -24,12 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from soft_mm.registry import MODELS
 
-from .attention import DEFAULT_ATTENTION
 from .blocks import SoftmaxBlock, SoftmaxFreeBlock
 
 NUM_STAGES = 4
 MIN_SIDE = 32
 STEM_DIMS = 32
+_PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 def patch_embed(in_channels, embed_dims, stem):
@@ -119,8 +119,7 @@ class SOFT(BaseModule):
     """Softmax-free transformer backbone for classification, detection and segmentation.
 
     Papers: *SOFT: Softmax-free Transformer with Linear Complexity* (NeurIPS 2021, https://arxiv.org/abs/2110.11945),
-        *Softmax-free
-    Linear Transformers* (IJCV 2024, https://arxiv.org/abs/2207.03341).
+    *Softmax-free Linear Transformers* (IJCV 2024, https://arxiv.org/abs/2207.03341).
 
     Args:
         arch (str | dict): ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, ``'huge'``, or a dict with
@@ -200,6 +199,9 @@ class SOFT(BaseModule):
                 f'frozen_stages={frozen_stages!r} must be -1 (nothing), 0 (patch embedding of stage 1) or a number of '
                 f'stages up to {num_stages}, the stages that out_indices={self.out_indices} needs'
             )
+        for name, value in dict(norm_eval=norm_eval, with_cp=with_cp).items():
+            if not isinstance(value, bool):
+                raise ValueError(f'{name}={value!r} must be True or False')
         self.in_channels = in_channels
         self.img_size = img_size
         self.frozen_stages = frozen_stages
@@ -267,20 +269,18 @@ class SOFT(BaseModule):
 
     @staticmethod
     def _parse_attention(attention):
-        attention = DEFAULT_ATTENTION if attention is None else attention
-        if isinstance(attention, (list, tuple)):
-            if len(attention) != NUM_STAGES - 1:
-                raise ValueError(
-                    f'attention: a list must hold three dicts, for stages 1 to 3, and not {len(attention)}'
-                )
-            return list(attention)
-        return [attention] * (NUM_STAGES - 1)
+        attention = {} if attention is None else attention
+        if not isinstance(attention, (list, tuple)):
+            attention = [attention] * (NUM_STAGES - 1)
+        if len(attention) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in attention):
+            raise ValueError(f'attention={attention!r} must be a dict, or a list of three dicts, for stages 1 to 3')
+        return attention
 
     @staticmethod
     def _parse_outputs(out_indices, out_type):
         if out_type not in ('featmap', 'cls_token'):
             raise ValueError(f"out_type={out_type!r} is unknown; choose 'featmap' or 'cls_token'")
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        given = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else (out_indices,)
         if (
             not given
             or any(_not_whole(i) or not 0 <= i < NUM_STAGES for i in given)
@@ -295,7 +295,7 @@ class SOFT(BaseModule):
 
     @staticmethod
     def _parse_img_size(img_size):
-        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        sides = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
         if len(sides) != 2 or any(_not_whole(side) or side < MIN_SIDE for side in sides):
             raise ValueError(
                 f'img_size={img_size!r} must be one or two whole numbers (height, width) from {MIN_SIDE} up'
@@ -319,16 +319,20 @@ class SOFT(BaseModule):
 
         Raises:
             FileNotFoundError: if there is no such checkpoint file.
-            ValueError: if the checkpoint has no parameter under the prefix, or does not fit.
+            ValueError: if ``init_cfg`` names no checkpoint, or one that does not fit.
         """
-        cfg = self.init_cfg
-        if not isinstance(cfg, dict) or cfg.get('type') not in ('Pretrained', 'PretrainedInit'):
+        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]
+        pretrained = [cfg for cfg in cfgs if getattr(cfg.get('type'), '__name__', cfg.get('type')) in _PRETRAINED]
+        if not pretrained:
             super().init_weights()
             return
-        path, prefix = cfg['checkpoint'], cfg.get('prefix') or ''
+        # A checkpoint sets every parameter, so that nothing is left to initialisers beside it.
+        path, prefix = pretrained[-1].get('checkpoint'), pretrained[-1].get('prefix') or ''
+        if not isinstance(path, str):
+            raise ValueError(f'init_cfg={dict(pretrained[-1])} must name a checkpoint file')
         if '://' not in path and not os.path.isfile(path):
             raise FileNotFoundError(f'init_cfg names the checkpoint {path!r}, which does not exist')
-        loaded = CheckpointLoader.load_checkpoint(path, map_location=cfg.get('map_location', 'cpu'), logger='silent')
+        loaded = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
         self._load_pretrained(loaded.get('state_dict', loaded), prefix, path)
         self._is_init = True
 

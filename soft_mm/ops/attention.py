@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .inverse import newton_inverse, newton_inverse_per_image, ridge_solve
-from .kernel import compute_dtype, gaussian_kernel
+from .kernel import gaussian_kernel, without_autocast
 
 SOLVERS = ('newton', 'cholesky')
 NEWTON_BACKWARDS = ('one_step', 'exact')
@@ -99,12 +99,11 @@ def normalized_softmax_free_attention(
     return _attend(q, landmarks, v, apply_inverse)
 
 
+@without_autocast
 def _attend(q, landmarks, v, apply_inverse):
-    with torch.autocast(q.device.type, enabled=False):
-        landmarks = landmarks.to(compute_dtype(q))
-        cross = gaussian_kernel(q, landmarks)
-        gathered = torch.matmul(cross.transpose(-2, -1), v.to(cross.dtype))
-        return torch.matmul(cross, apply_inverse(gaussian_kernel(landmarks, landmarks), gathered)).to(v.dtype)
+    cross = gaussian_kernel(q, landmarks)
+    gathered = torch.matmul(cross.transpose(-2, -1), v.to(cross.dtype))
+    return torch.matmul(cross, apply_inverse(gaussian_kernel(landmarks, landmarks), gathered)).to(v.dtype)
 
 
 def local_branch(v, grid, weight):

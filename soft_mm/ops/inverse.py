@@ -2,6 +2,8 @@
 
 import torch
 
+from .kernel import compute_dtype, without_autocast
+
 
 def add_ridge(kernel, ridge):
     """``kernel + ridge * I`` for ``(..., m, m)``; ``ridge`` is a number or a tensor ``(...)``."""
@@ -33,11 +35,16 @@ class _OneStepNewton(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        transposed = inverse.transpose(-2, -1)
-        return -transposed @ grad @ transposed, None, None
+        return _one_step_gradient(grad, *ctx.saved_tensors), None, None
 
 
+@without_autocast
+def _one_step_gradient(grad, inverse):
+    transposed = inverse.transpose(-2, -1)
+    return -transposed @ grad @ transposed
+
+
+@without_autocast
 def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
     """Truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.2).
 
@@ -53,11 +60,12 @@ def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
             truncation; or ``'exact'``, the gradient of what was computed.
 
     Returns:
-        Tensor: ``(..., m, m)``.
+        Tensor: ``(..., m, m)`` in float32 or wider, inside autocast too, as of the other inverses here.
 
     Raises:
         ValueError: for another ``backward``.
     """
+    kernel = kernel.to(compute_dtype(kernel))
     if backward == 'one_step':
         return _OneStepNewton.apply(kernel, iterations, ridge)
     if backward == 'exact':
@@ -67,6 +75,7 @@ def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
     raise ValueError(f"backward={backward!r} of the Newton inverse is unknown; choose 'one_step' or 'exact'")
 
 
+@without_autocast
 def newton_inverse_per_image(kernel, iterations=20):
     """Truncated Newton inverse without a ridge, with one step size for all heads of an image (SOFT++).
 
@@ -82,6 +91,7 @@ def newton_inverse_per_image(kernel, iterations=20):
     Returns:
         Tensor: ``(B, h, m, m)``, differentiable through the iterations and the step size.
     """
+    kernel = kernel.to(compute_dtype(kernel))
     step = 2 / kernel.sum(-1).amax((-2, -1)).square()
     with torch.no_grad():
         halvings = 0.5 ** torch.arange(11, dtype=kernel.dtype, device=kernel.device)
@@ -114,6 +124,7 @@ def safe_ridge(kernel, ridge):
         return bound.clamp(min=ridge)
 
 
+@without_autocast
 def ridge_solve(kernel, right, ridge=0.01):
     """``(A + ridge * I)^-1 right`` by Cholesky factorisation, with the exact gradient and without forming the inverse.
 
@@ -127,5 +138,6 @@ def ridge_solve(kernel, right, ridge=0.01):
     Returns:
         Tensor: ``(..., m, d)``.
     """
+    kernel, right = kernel.to(compute_dtype(kernel)), right.to(compute_dtype(kernel))
     factor, _ = torch.linalg.cholesky_ex(add_ridge(kernel, safe_ridge(kernel, ridge)))
     return torch.cholesky_solve(right, factor)

@@ -1,5 +1,7 @@
 """The Gaussian kernel between sets of tokens."""
 
+import functools
+
 import torch
 
 
@@ -11,6 +13,18 @@ def compute_dtype(tensor):
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def without_autocast(function):
+    """Run ``function``, whose first argument is a tensor, with autocast off: it casts what it needs by itself."""
+
+    @functools.wraps(function)
+    def run(tensor, *args, **kwargs):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args, **kwargs)
+
+    return run
+
+
+@without_autocast
 def gaussian_kernel(a, b):
     """``exp(-||a_i - b_j||^2 / 2)`` for all pairs, through one batched matrix product (SOFT, section 3.1).
 
@@ -22,9 +36,8 @@ def gaussian_kernel(a, b):
         Tensor: ``(..., n, m)`` with entries in [0, 1], in float32, or float64 where the inputs are; autocast does
             not reach inside.
     """
-    with torch.autocast(a.device.type, enabled=False):
-        a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
-        exponent = torch.matmul(a, b.transpose(-2, -1))
-        exponent = exponent - a.square().sum(-1, keepdim=True) / 2 - b.square().sum(-1).unsqueeze(-2) / 2
-        # Rounding can lift the exponent of a token against itself above zero.
-        return exponent.clamp(max=0).exp()
+    a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
+    exponent = torch.matmul(a, b.transpose(-2, -1))
+    exponent = exponent - a.square().sum(-1, keepdim=True) / 2 - b.square().sum(-1).unsqueeze(-2) / 2
+    # Rounding can lift the exponent of a token against itself above zero.
+    return exponent.clamp(max=0).exp()

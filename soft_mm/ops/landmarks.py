@@ -5,9 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .kernel import compute_dtype
+from .kernel import compute_dtype, without_autocast
 
 
+@without_autocast
 def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
     """Sample landmarks by a strided convolution: ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.2).
 
@@ -29,17 +30,16 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
     """
     (B, heads, _, d), (H, W), r = q.shape, grid, weight.shape[-1]
     out_h, out_w = max(H // r, 1), max(W // r, 1)
-    with torch.autocast(q.device.type, enabled=False):
-        dtype = compute_dtype(q)
-        maps = q.to(dtype).reshape(B, heads, H, W, d)
-        for dim, side in ((2, H), (3, W)):
-            if side < r:
-                maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
-        patches = maps[:, :, : out_h * r, : out_w * r].reshape(B, heads, out_h, r, out_w, r, d)
-        patches = patches.transpose(3, 4).reshape(B, heads, out_h * out_w, r * r * d)
-        tokens = F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1))
-        tokens = F.layer_norm(tokens, (d,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
-        return F.gelu(tokens), (out_h, out_w)
+    dtype = compute_dtype(q)
+    maps = q.to(dtype).reshape(B, heads, H, W, d)
+    for dim, side in ((2, H), (3, W)):
+        if side < r:
+            maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
+    patches = maps[:, :, : out_h * r, : out_w * r].reshape(B, heads, out_h, r, out_w, r, d)
+    patches = patches.transpose(3, 4).reshape(B, heads, out_h * out_w, r * r * d)
+    tokens = F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1))
+    tokens = F.layer_norm(tokens, (d,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
+    return F.gelu(tokens), (out_h, out_w)
 
 
 def pooled_grid(grid, max_landmarks):

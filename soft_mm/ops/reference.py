@@ -3,8 +3,7 @@
 Nothing here is meant to be fast. Each function follows the papers step by step in the dtype it is given and forms
 every matrix it speaks of. The module needs torch alone and nothing else of this package.
 
-Symbols: ``B`` images, ``h`` heads, ``n = H * W`` tokens on an ``(H, W)`` grid, ``d`` channels per head, ``m``
-    landmarks.
+Symbols: ``B`` images, ``h`` heads, ``n = H * W`` tokens on a grid ``(H, W)``, ``d`` channels a head, ``m`` landmarks.
 
 SOFT: *Softmax-free Transformer with Linear Complexity*, NeurIPS 2021, arXiv:2110.11945.
 SOFT++: *Softmax-free Linear Transformers*, IJCV 2024, arXiv:2207.03341.
@@ -31,6 +30,21 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
     maps = F.interpolate(maps, size=(max(H, r), max(W, r)), mode='nearest')
     tokens = F.conv2d(maps, weight, stride=r).flatten(2).transpose(1, 2)
     return F.gelu(F.layer_norm(tokens, (d,), norm_weight, norm_bias, eps)).reshape(B, h, -1, d)
+
+
+def pool_landmarks(landmarks, grid, out_grid):
+    """Means of landmarks ``(B, h, H * W, d)`` over the cells of ``out_grid``, which may share a row or column.
+
+    Cell ``i`` of ``k`` over a side of ``s`` spans ``floor(i s / k)`` to ``ceil((i + 1) s / k)``.
+    """
+    (B, h, _, d), (H, W), (rows, columns) = landmarks.shape, grid, out_grid
+    maps = landmarks.reshape(B, h, H, W, d)
+    cells = []
+    for i in range(rows):
+        for j in range(columns):
+            cell = maps[:, :, i * H // rows : -(-(i + 1) * H // rows), j * W // columns : -(-(j + 1) * W // columns)]
+            cells.append(cell.mean((2, 3)))
+    return torch.stack(cells, dim=2)
 
 
 def newton_inverse(kernel, iterations=20, ridge=0.01):

@@ -5,9 +5,11 @@ import torch
 from authors import REDUCED_ARCH, official_models
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
 
 from soft_mm import SOFT, SoftmaxFreeAttention
-from soft_mm.models.blocks import MLP, DropPath
+from soft_mm.models.blocks import DropPath
+from soft_mm.models.soft import resize_pos_embed
 from soft_mm.registry import MODELS
 
 TINY_DIMS = (64, 128, 320, 512)
@@ -134,6 +136,12 @@ def test_attention_of_a_user():
         MODELS.module_dict.pop('IdentityAttention')
 
 
+@pytest.mark.parametrize('shape', [(65, 2, 4, 3), (64, 2, 0, 3), (64, 2, 4, 4)])
+def test_attention_alone_checks_its_shape(shape):
+    with pytest.raises(ValueError, match='the heads must divide the width'):
+        SoftmaxFreeAttention(*shape)
+
+
 def test_max_landmarks_that_do_not_bind_change_nothing():
     x = torch.randn(1, 3, 96, 64)
     with torch.no_grad():
@@ -183,7 +191,6 @@ def test_drop_rate_reaches_positions_and_stage_4():
         *(f'stages.{i}.pos_drop' for i in range(4)),
         *(f'stages.3.blocks.0.{part}' for part in ('attn.drop', 'mlp.drop1', 'mlp.drop2')),
     }
-    assert isinstance(model.stages[0].blocks[0].mlp, MLP)
 
 
 @pytest.mark.parametrize('frozen', [-1, 0, 1, 3, 4])
@@ -206,7 +213,8 @@ def test_norm_eval(norm_eval):
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(norms) == 6 and all(norm.training != norm_eval for norm in norms)
     assert model.stages[0].blocks[0].training
-    assert not any(norm.training for norm in norms if model.eval())
+    model.eval()
+    assert not any(norm.training for norm in norms)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +234,9 @@ def test_with_cp_computes_the_same(attention):
 
 
 def test_position_embeddings_are_resized_in_float32():
+    embedding = torch.randn(1, 8, 7, 5).bfloat16()
+    wanted = torch.nn.functional.interpolate(embedding.float(), (11, 4), mode='bilinear').bfloat16()
+    assert torch.equal(resize_pos_embed(embedding, (11, 4)), wanted)
     model = reduced().eval().to(torch.bfloat16)
     assert model(torch.randn(1, 3, 96, 64, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
 
@@ -282,14 +293,17 @@ BAD_OPTIONS = [
     (dict(attention=dict(newton_iterations=2.5)), ValueError, 'newton_iterations=2.5 must be'),
     (dict(attention=dict(max_landmarks=0)), ValueError, 'max_landmarks=0 must be None'),
     (dict(attention=dict(normalized='yes')), ValueError, "normalized='yes' must be"),
-    (dict(attention=[{}, {}]), ValueError, 'a list must hold three dicts'),
+    (dict(attention=[{}, {}]), ValueError, 'or a list of three dicts'),
     (dict(attention='SoftmaxFreeAttention'), ValueError, 'must be a dict'),
     (dict(out_type='avg'), ValueError, "out_type='avg' is unknown; choose 'featmap' or 'cls_token'"),
     (dict(out_type='cls_token', out_indices=(0, 1)), ValueError, 'needs stage 3'),
     (dict(out_indices=(0, 4)), ValueError, r'out_indices=\(0, 4\) must be stages from 0 to 3'),
+    (dict(out_indices=None), ValueError, 'out_indices=None'),
     (dict(out_indices=()), ValueError, r'out_indices=\(\)'),
     (dict(out_indices=(2, 1)), ValueError, 'in rising order'),
     (dict(in_channels=0), ValueError, 'in_channels: 0'),
+    (dict(img_size=2.5), ValueError, 'img_size=2.5'),
+    (dict(norm_eval='no'), ValueError, "norm_eval='no' must be True or False"),
     (dict(img_size=16), ValueError, 'img_size=16'),
     (dict(drop_rate=1.0), ValueError, 'drop_rate=1.0'),
     (dict(drop_path_rate=-0.1), ValueError, 'drop_path_rate=-0.1'),
@@ -391,6 +405,14 @@ def test_checkpoint_of_another_model_is_an_error(classifier_checkpoint, options,
     model = SOFT(init_cfg=cfg, **options)
     with pytest.raises(ValueError, match=message):
         model.init_weights()
+
+
+@pytest.mark.parametrize('form', ['list', 'class'])
+def test_checkpoint_of_another_model_is_an_error_in_every_form_of_init_cfg(classifier_checkpoint, form):
+    cfg = dict(type='Pretrained', checkpoint=classifier_checkpoint[0], prefix='backbone.')
+    init_cfg = [cfg] if form == 'list' else dict(cfg, type=PretrainedInit)
+    with pytest.raises(ValueError, match='does not fit'):
+        SOFT('tiny', init_cfg=init_cfg).init_weights()
 
 
 def test_missing_checkpoint_is_named():

@@ -1,5 +1,7 @@
 """The plain reference against what the authors' attention computed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from authors import CORE, VARIANTS, core_weights, record
@@ -25,7 +27,14 @@ def test_reference_reproduces_authors_attention(kind, regime):
     torch.testing.assert_close(out.float() / scale, fixture['out'] / scale, rtol=0, atol=1e-4)
 
 
-def test_reference_needs_torch_alone():
-    source = open(reference.__file__).read()
-    imports = {line.split()[1].split('.')[0] for line in source.splitlines() if line.startswith(('import ', 'from '))}
-    assert imports == {'torch'}
+def imported(path):
+    """The packages that a file imports; '' for its siblings."""
+    lines = path.read_text().splitlines()
+    return {line.split()[1].split('.')[0] for line in lines if line.lstrip().startswith(('import ', 'from '))}
+
+
+def test_reference_needs_torch_alone_and_ops_nothing_of_the_package():
+    folder = Path(reference.__file__).parent
+    assert imported(folder / 'reference.py') == {'torch'}
+    for path in folder.glob('*.py'):
+        assert imported(path) <= {'torch', 'math', 'functools', ''}, path

@@ -1,10 +1,10 @@
 # Single-digit crops for mmpretrain: composed on the fly for training, read from disk for validation
 # (tools/make_photo_digits.py writes them there). No two training samples are alike, so their order needs no shuffling,
 # and the easy ones come first: small crops whose background fades in, then crops of the size of validation.
-data_root = 'data/photo_digits/'
+data_root = 'data/photo_digits_demo/'
 batch_size = 64
 small_iters = 600
-full_iters = 650
+full_iters = 800
 train_pipeline = [dict(type='PackInputs')]
 
 data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)

@@ -1,6 +1,6 @@
 # Scenes of 256x256 with semantic maps for mmsegmentation: composed on the fly for training, read from disk for
 # validation (tools/make_photo_digits.py writes them there). Digits must not be flipped.
-data_root = 'data/photo_digits/'
+data_root = 'data/photo_digits_demo/'
 batch_size = 8
 scale = (192, 192)
 num_train_scenes = 8000
@@ -15,7 +15,7 @@ train_dataloader = dict(
         type='soft_mm.PhotoDigitsScenes',
         annotations='semantic',
         length=num_train_scenes,
-        generator=dict(recolour=0.8),
+        generator=dict(recolour=0.5),
         pipeline=[dict(type='Resize', scale=scale), dict(type='PackSegInputs')],
     ),
 )

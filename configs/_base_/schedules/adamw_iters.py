@@ -1,0 +1,13 @@
+# AdamW with clipped gradients, and no weight decay on norms, biases, position embeddings and class token.
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.0),
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        custom_keys=dict(pos_embed=dict(decay_mult=0.0), cls_token=dict(decay_mult=0.0)),
+    ),
+)
+val_cfg = dict()
+test_cfg = dict()
