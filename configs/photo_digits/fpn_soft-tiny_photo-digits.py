@@ -6,8 +6,8 @@ _base_ = [
 ]
 
 # The classifier of soft-tiny_photo-digits-crops.py, where the demo leaves it.
-pretrained = 'work_dirs/demo/classification/iter_1400.pth'
-max_iters = 400
+pretrained = 'work_dirs/demo/classification/iter_1250.pth'
+max_iters = 900
 channels = 128
 
 model = dict(
@@ -28,7 +28,6 @@ model = dict(
     ),
 )
 optim_wrapper = dict(
-    optimizer=dict(lr=2e-4),
     paramwise_cfg=dict(custom_keys=dict(decode_head=dict(lr_mult=3.0), neck=dict(lr_mult=3.0))),
 )
 param_scheduler = [

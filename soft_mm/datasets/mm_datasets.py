@@ -112,10 +112,9 @@ class PhotoDigitsCrops(_PhotoDigits):
         length (int): Number of samples.
         seed (int): Not negative. Another seed gives other samples.
         generator (dict, optional): Options of :class:`CropGenerator`: ``size``, ``digit_size``,
-            ``max_angle``, ``background``. A ``background`` that changes over the data set needs a
+            ``max_angle``, ``background``, ``recolour``. A ``background`` that changes over the data set needs a
             sampler that does not shuffle.
-        metainfo, pipeline, filter_cfg, indices, serialize_data, test_mode, lazy_init, max_refetch:
-        As in
+        metainfo, pipeline, filter_cfg, indices, serialize_data, test_mode, lazy_init, max_refetch: As in
             :class:`mmengine.dataset.BaseDataset`.
 
     Raises:
@@ -154,7 +153,7 @@ class PhotoDigitsScenes(_PhotoDigits):
         seed (int): Not negative. Another seed gives other samples.
         annotations (str): ``'instances'`` or ``'semantic'``.
         generator (dict, optional): Options of :class:`SceneGenerator`: ``size``, ``num_digits``,
-            ``digit_size``, ``max_angle``, ``background``.
+            ``digit_size``, ``max_angle``, ``background``, ``recolour``.
         filter_cfg (dict, optional): As in :class:`mmengine.dataset.BaseDataset`; nothing is
             filtered, as every scene holds a digit.
         metainfo, pipeline, indices, serialize_data, test_mode, lazy_init, max_refetch: As in

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from soft_mm.datasets import photo_digits
 from soft_mm.datasets.photo_digits import (
     CLASSES,
     MIN_VISIBLE,
@@ -178,6 +179,19 @@ def test_classes_and_palette():
     assert len(set(PALETTE)) == 10
 
 
+def test_recolouring_gives_a_grey_photograph_colour_and_is_repeatable(monkeypatch):
+    grey = np.random.default_rng(0).integers(0, 256, (300, 300, 1), np.uint8).repeat(3, axis=2)
+    monkeypatch.setattr(photo_digits, 'load_photographs', lambda split: [grey])
+
+    def colourfulness(recolour, index):
+        scene = SceneGenerator('train', recolour=recolour).generate(index)
+        np.testing.assert_array_equal(scene.image, SceneGenerator('train', recolour=recolour).generate(index).image)
+        return np.ptp(scene.image[scene.semantic == 0].astype(int), axis=1).mean()
+
+    assert max(colourfulness(0, index) for index in range(4)) < 5  # but for the digits' soft edges
+    assert max(colourfulness(0.8, index) for index in range(4)) > 20
+
+
 @pytest.mark.parametrize('generator', [SceneGenerator, CropGenerator])
 @pytest.mark.parametrize(
     'options, message',
@@ -191,6 +205,8 @@ def test_classes_and_palette():
         (dict(size='64'), 'size'),
         (dict(size=True), 'size'),
         (dict(background=1.1), 'background .*1.1'),
+        (dict(recolour=1.1), 'recolour .*1.1'),
+        (dict(recolour=-0.1), 'recolour .*-0.1'),
         (dict(background=float('nan')), 'background'),
         (dict(background=(0, 2), length=5), 'background .*2'),
         (dict(background=(0, 1)), 'needs length'),

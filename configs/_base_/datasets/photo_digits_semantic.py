@@ -1,7 +1,7 @@
 # Scenes of 256x256 with semantic maps for mmsegmentation: composed on the fly for training, read from disk for
 # validation (tools/make_photo_digits.py writes them there). Digits must not be flipped.
 data_root = 'data/photo_digits_demo/'
-batch_size = 8
+batch_size = 4
 scale = (192, 192)
 num_train_scenes = 8000
 classes = ('background', *(str(digit) for digit in range(10)))
