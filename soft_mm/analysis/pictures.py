@@ -55,7 +55,7 @@ def draw_predictions(config, checkpoint, out_file, count=8, columns=2):
         tiles = _draw_tiles(cfg, checkpoint, count)
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    mmcv.imwrite(mmcv.rgb2bgr(np.concatenate(rows)), str(out_file))
+    mmcv.imwrite(np.concatenate(rows), str(out_file))
 
 
 def _draw_tiles(cfg, checkpoint, count):
@@ -71,6 +71,8 @@ def _draw_tiles(cfg, checkpoint, count):
         with torch.no_grad():
             sample = runner.model.test_step(pseudo_collate([dataset[index]]))[0]
         image = mmcv.imread(sample.img_path, channel_order='rgb')
-        runner.visualizer.add_datasample('', image, sample, draw_gt=True, draw_pred=True)
-        tiles.append(runner.visualizer.get_image())
+        # mmseg's visualizer keeps only the last of the two drawings in memory, and writes both.
+        tile = f'{cfg.work_dir}/{index}.png'
+        runner.visualizer.add_datasample('', image, sample, draw_gt=True, draw_pred=True, out_file=tile)
+        tiles.append(mmcv.imread(tile))
     return tiles

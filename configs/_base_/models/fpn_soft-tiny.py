@@ -8,6 +8,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
+        size_divisor=32,
     ),
     backbone=dict(type='soft_mm.SOFT', arch='tiny'),
     neck=dict(type='FPN', in_channels=[64, 128, 320, 512], out_channels=256, num_outs=4),
