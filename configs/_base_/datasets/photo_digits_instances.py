@@ -5,6 +5,18 @@ batch_size = 4
 scale = (192, 192)
 num_train_scenes = 8000
 classes = tuple(str(digit) for digit in range(10))
+palette = [
+    (230, 25, 75),
+    (60, 180, 75),
+    (255, 225, 25),
+    (0, 130, 200),
+    (245, 130, 48),
+    (145, 30, 180),
+    (70, 240, 240),
+    (240, 50, 230),
+    (210, 245, 60),
+    (250, 190, 212),
+]
 
 train_dataloader = dict(
     batch_size=batch_size,
@@ -31,7 +43,7 @@ val_dataloader = dict(
         data_root=data_root,
         ann_file='annotations/instances_val.json',
         data_prefix=dict(img='val/scenes/images/'),
-        metainfo=dict(classes=classes),
+        metainfo=dict(classes=classes, palette=palette),
         test_mode=True,
         pipeline=[
             dict(type='LoadImageFromFile'),

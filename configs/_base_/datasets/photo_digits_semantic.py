@@ -5,6 +5,19 @@ batch_size = 4
 scale = (192, 192)
 num_train_scenes = 8000
 classes = ('background', *(str(digit) for digit in range(10)))
+palette = [
+    (0, 0, 0),
+    (230, 25, 75),
+    (60, 180, 75),
+    (255, 225, 25),
+    (0, 130, 200),
+    (245, 130, 48),
+    (145, 30, 180),
+    (70, 240, 240),
+    (240, 50, 230),
+    (210, 245, 60),
+    (250, 190, 212),
+]
 
 train_dataloader = dict(
     batch_size=batch_size,
@@ -28,7 +41,7 @@ val_dataloader = dict(
         data_root=data_root,
         data_prefix=dict(img_path='val/scenes/images', seg_map_path='val/scenes/semantic'),
         img_suffix='.png',
-        metainfo=dict(classes=classes),
+        metainfo=dict(classes=classes, palette=palette),
         reduce_zero_label=False,
         pipeline=[
             dict(type='LoadImageFromFile'),
