@@ -307,7 +307,8 @@ class SOFT(BaseModule):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if name.rpartition('.')[2] in ('pos_embed', 'cls_pos_embed', 'cls_token'):
                 nn.init.trunc_normal_(parameter, std=0.02)
