@@ -6,7 +6,7 @@ _base_ = [
 ]
 
 # The classifier of soft-tiny_photo-digits-crops.py, where the demo leaves it.
-pretrained = 'work_dirs/demo/classification/iter_1250.pth'
+pretrained = 'work_dirs/demo/classification/iter_1400.pth'
 max_iters = 900
 channels = 128
 
@@ -27,9 +27,9 @@ model = dict(
     ),
     # One box and one mask for all classes, and narrow heads: digits are small and alike in outline.
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=channels, finest_scale=28),
+        bbox_roi_extractor=dict(out_channels=channels),
         bbox_head=dict(in_channels=channels, fc_out_channels=512, num_classes=10, reg_class_agnostic=True),
-        mask_roi_extractor=dict(out_channels=channels, finest_scale=28),
+        mask_roi_extractor=dict(out_channels=channels),
         mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=64, num_classes=10, class_agnostic=True),
     ),
     train_cfg=dict(

@@ -4,7 +4,7 @@
 data_root = 'data/photo_digits_demo/'
 batch_size = 64
 small_iters = 600
-full_iters = 650
+full_iters = 800
 train_pipeline = [dict(type='PackInputs')]
 
 data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
