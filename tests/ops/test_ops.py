@@ -91,7 +91,7 @@ def test_inverses_and_their_gradients_do_not_see_autocast(inverse):
         kernel = reference.gaussian_kernel(tokens, tokens).requires_grad_()
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=enabled):
             out = inverse(kernel)
-            out.square().sum().backward()
+        out.square().sum().backward()
         results.append((out, kernel.grad))
     for one, other in zip(*results):
         assert torch.equal(one, other)
