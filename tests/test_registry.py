@@ -126,7 +126,7 @@ def test_layer_decay_constructor_of_mmpretrain():
         backbone=dict(type='soft_mm.SOFT', arch='tiny', out_indices=(3,), out_type='cls_token'),
         head=dict(type='LinearClsHead', num_classes=10, in_channels=512)))
     wrapper = build_optim_wrapper(model, dict(
-        optimizer=dict(type='AdamW', lr=1.0),
+        optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.1),
         constructor='LearningRateDecayOptimWrapperConstructor',
         paramwise_cfg=dict(layer_decay_rate=0.5)))
     rate = {group['param_name']: group['lr'] for group in wrapper.param_groups}
