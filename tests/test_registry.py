@@ -129,7 +129,8 @@ def test_layer_decay_constructor_of_mmpretrain():
         optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.1),
         constructor='LearningRateDecayOptimWrapperConstructor',
         paramwise_cfg=dict(layer_decay_rate=0.5)))
-    rate = {group['param_name']: group['lr'] for group in wrapper.param_groups}
+    rates = {id(group['params'][0]): group['lr'] for group in wrapper.param_groups}
+    rate = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
     assert rate['head.fc.weight'] == rate['backbone.stages.3.norm.weight'] == 1
     assert rate['backbone.stages.3.blocks.1.attn.qkv.weight'] == 0.5
     assert rate['backbone.stages.0.patch_embed.0.weight'] == 0.5 ** 9
