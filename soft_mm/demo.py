@@ -62,7 +62,7 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
     """Train what the demo trains, draw the pictures, and write ``summary.json``.
 
     Args:
-        work_dir (str | Path): folder of everything but the data set, which is written to ``data/photo_digits``.
+        work_dir (str | Path): folder of everything but the data set, which is written to ``data/photo_digits_demo``.
         from_scratch (bool): train detector and segmentor from random initialisation, for comparison, and no classifier.
 
     Returns:
@@ -112,16 +112,19 @@ def _train(task, work_dir, options, pretrained, console):
     record_file = work_dir / 'demo.json'
     fingerprint = _fingerprint(task, pretrained)
     record = json.loads(record_file.read_text()) if record_file.is_file() else {}
-    if record and record['fingerprint'] != fingerprint:
+    lost = 'metrics' in record and last_checkpoint(work_dir) is None
+    if record and (record['fingerprint'] != fingerprint or lost):
         aside = work_dir.with_name(f'{work_dir.name}.{time.strftime("%Y%m%d-%H%M%S")}')
         work_dir.rename(aside)
         work_dir.mkdir()
-        console.print(f'config, weights or data have changed: starting over, the earlier run is kept in {aside}')
+        console.print(
+            f'config, weights or data have changed, or the checkpoint is gone: starting over, the earlier run is kept in {aside}'
+        )
         record = {}
-    checkpoint = last_checkpoint(work_dir)
-    if 'metrics' in record and checkpoint:
+    if 'metrics' in record:
         console.print('finished already')
         return dict(record['metrics'], seconds=record['seconds'])
+    checkpoint = last_checkpoint(work_dir)
     record = dict(fingerprint=fingerprint, seconds=record.get('seconds', 0.0))
     start = time.time()
     try:
