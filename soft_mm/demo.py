@@ -118,7 +118,8 @@ def _train(task, work_dir, options, pretrained, console):
         work_dir.rename(aside)
         work_dir.mkdir()
         console.print(
-            f'config, weights or data have changed, or the checkpoint is gone: starting over, the earlier run is kept in {aside}'
+            'config, weights or data have changed, or the checkpoint is gone: starting over, '
+            f'the earlier run is kept in {aside}'
         )
         record = {}
     if 'metrics' in record:
