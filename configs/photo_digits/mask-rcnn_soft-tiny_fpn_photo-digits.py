@@ -7,7 +7,7 @@ _base_ = [
 
 # The classifier of soft-tiny_photo-digits-crops.py, where the demo leaves it.
 pretrained = 'work_dirs/demo/classification/iter_1400.pth'
-max_iters = 900
+max_iters = 1050
 channels = 128
 
 model = dict(
@@ -27,20 +27,23 @@ model = dict(
     ),
     # One box and one mask for all classes, and narrow heads: digits are small and alike in outline.
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=channels),
+        bbox_roi_extractor=dict(out_channels=channels, roi_layer=dict(sampling_ratio=2)),
         bbox_head=dict(in_channels=channels, fc_out_channels=512, num_classes=10, reg_class_agnostic=True),
-        mask_roi_extractor=dict(out_channels=channels),
-        mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=64, num_classes=10, class_agnostic=True),
+        mask_roi_extractor=dict(out_channels=channels, roi_layer=dict(sampling_ratio=2)),
+        mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=96, num_classes=10, class_agnostic=True),
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=300),
-        rcnn=dict(sampler=dict(num=64, pos_fraction=0.5)),
+        rcnn=dict(sampler=dict(num=40, pos_fraction=0.4)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=300)),
 )
 # What does not come from the classifier learns faster.
 optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys=dict(neck=dict(lr_mult=3.0), rpn_head=dict(lr_mult=3.0), roi_head=dict(lr_mult=3.0)))
+    optimizer=dict(lr=4e-4),
+    paramwise_cfg=dict(
+        custom_keys=dict(neck=dict(lr_mult=3.0), rpn_head=dict(lr_mult=3.0), roi_head=dict(lr_mult=3.0))
+    ),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=60),

@@ -6,6 +6,7 @@ An attention of stages 1 to 3 is built as ``Type(embed_dims, num_heads, ratio, c
 
 import inspect
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.model import BaseModule
@@ -85,19 +86,22 @@ class SoftmaxFreeAttention(BaseModule):
         self.landmark_norm = nn.LayerNorm(self.head_dims)
         self.local = nn.Conv2d(num_heads, num_heads, conv_size, padding=conv_size // 2, groups=num_heads, bias=False)
         self.proj = nn.Linear(embed_dims, embed_dims)
+        # Scaling the rows of the weight costs less than scaling the queries.
+        scales = torch.ones(2 * embed_dims)
+        scales[:embed_dims] = self.head_dims**-0.25
+        self.register_buffer('qv_scales', scales, persistent=False)
 
     def attend(self, q, v, grid):
         """The attention core, without projections and local branch.
 
         Args:
-            q (Tensor): queries as projected, ``(B, h, n, d)``.
+            q (Tensor): queries, already divided by ``d^(1/4)``, ``(B, h, n, d)``.
             v (Tensor): values ``(B, h, n, d)``.
             grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
 
         Returns:
             Tensor: ``(B, h, n, d)``.
         """
-        q = q * self.head_dims**-0.25
         norm = self.landmark_norm
         landmarks, landmark_grid = ops.conv_landmarks(q, grid, self.landmark.weight, norm.weight, norm.bias, norm.eps)
         landmarks, merged = ops.pool_landmarks(landmarks, landmark_grid, self.max_landmarks)
@@ -109,10 +113,11 @@ class SoftmaxFreeAttention(BaseModule):
 
     def forward(self, x, grid):
         """Tokens ``(B, n, C)`` on ``grid`` in, tokens ``(B, n, C)`` out."""
-        q, v = self.qv(x).chunk(2, dim=-1)
+        scales = self.qv_scales
+        q, v = F.linear(x, self.qv.weight * scales.unsqueeze(1), self.qv.bias * scales).chunk(2, dim=-1)
         heads = (*x.shape[:2], self.num_heads, self.head_dims)
         out = self.attend(q.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2), grid)
-        out = out.transpose(1, 2).reshape(x.shape) + ops.local_branch(v, grid, self.local.weight)
+        out = ops.local_branch(v, grid, self.local.weight) + out.transpose(1, 2).reshape(x.shape)
         return self.proj(out)
 
     def extra_repr(self):

@@ -32,20 +32,43 @@ STEM_DIMS = 32
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
-def patch_embed(in_channels, embed_dims, stem):
+class PatchEmbed(nn.Sequential):
     """Patch embedding: 3x3 convolutions, each with BatchNorm and ReLU.
+
+    In evaluation mode a BatchNorm is folded into the weights of its convolution at each forward, which costs nothing
+    beside a pass over the map.
 
     Args:
         in_channels (int): channels of the input map.
         embed_dims (int): channels of the output map.
         stem (bool): the embedding of stage 1, three convolutions of strides 2, 1, 2; else one of stride 2.
     """
-    widths, strides = ([STEM_DIMS, STEM_DIMS, embed_dims], [2, 1, 2]) if stem else ([embed_dims], [2])
-    layers = []
-    for width, stride in zip(widths, strides):
-        layers += [nn.Conv2d(in_channels, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        in_channels = width
-    return nn.Sequential(*layers)
+
+    def __init__(self, in_channels, embed_dims, stem):
+        widths, strides = ([STEM_DIMS, STEM_DIMS, embed_dims], [2, 1, 2]) if stem else ([embed_dims], [2])
+        layers = []
+        for width, stride in zip(widths, strides):
+            layers += [
+                nn.Conv2d(in_channels, width, 3, stride, padding=1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            in_channels = width
+        super().__init__(*layers)
+
+    def forward(self, x):
+        """Map ``(B, C_in, H, W)`` in, map ``(B, C, H', W')`` out."""
+        layers = list(self)
+        for conv, norm, activation in zip(layers[::3], layers[1::3], layers[2::3]):
+            if norm.training:
+                x = norm(conv(x))
+            else:
+                scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+                weight = conv.weight * scale[:, None, None, None]
+                bias = norm.bias + (conv.bias - norm.running_mean) * scale
+                x = F.conv2d(x, weight, bias, conv.stride, conv.padding)
+            x = activation(x)
+        return x
 
 
 def resize_pos_embed(pos_embed, grid):
@@ -73,7 +96,7 @@ class SOFTStage(BaseModule):
     def __init__(self, in_channels, embed_dims, grid, blocks, stem, class_token, drop_rate, with_cp):
         super().__init__()
         self.with_cp = with_cp
-        self.patch_embed = patch_embed(in_channels, embed_dims, stem)
+        self.patch_embed = PatchEmbed(in_channels, embed_dims, stem)
         self.pos_embed = nn.Parameter(torch.zeros(1, embed_dims, *grid))
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(blocks)
@@ -82,6 +105,7 @@ class SOFTStage(BaseModule):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
             self.cls_pos_embed = nn.Parameter(torch.zeros(1, 1, embed_dims))
             self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self._positions = None, None
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Resize the position embeddings of a checkpoint that was trained on another grid."""
@@ -92,6 +116,25 @@ class SOFTStage(BaseModule):
             state_dict[key] = resize_pos_embed(loaded, grid)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def train(self, mode=True):
+        """Set the mode, and forget the position embeddings that were resized in the other."""
+        self._positions = None, None
+        return super().train(mode)
+
+    def positions(self, grid):
+        """Position embeddings of a grid as tokens ``(1, n, C)``.
+
+        They are kept from one evaluation forward to the next of the same size. A weight that is written to through
+        ``.data`` in between goes unseen until :meth:`train` or ``eval()`` is called, as the toolboxes' loops do.
+        """
+        pos_embed = self.pos_embed
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or pos_embed.is_inference():
+            return resize_pos_embed(pos_embed, grid).flatten(2).transpose(1, 2)
+        key = grid, pos_embed.dtype, pos_embed.device, pos_embed.data_ptr(), pos_embed._version
+        if self._positions[0] != key:
+            self._positions = key, resize_pos_embed(pos_embed, grid).flatten(2).transpose(1, 2).contiguous()
+        return self._positions[1]
+
     def forward(self, x):
         """Map ``(B, C_in, H, W)`` in.
 
@@ -99,9 +142,10 @@ class SOFTStage(BaseModule):
             tuple[Tensor, tuple[int, int]]: tokens ``(B, n, C)`` after the last block, with the class token first
             where there is one, and their grid.
         """
-        x = self.patch_embed(x)
+        # Channels last, a map is its tokens: neither the way here nor the way back copies anything.
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         grid = tuple(x.shape[-2:])
-        x = (x + resize_pos_embed(self.pos_embed, grid)).flatten(2).transpose(1, 2)
+        x = x.permute(0, 2, 3, 1).flatten(1, 2) + self.positions(grid)
         if self.class_token:
             x = torch.cat([(self.cls_token + self.cls_pos_embed).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x)
@@ -395,8 +439,8 @@ class SOFT(BaseModule):
 
         Returns:
             tuple[Tensor]: one per stage of ``out_indices``: maps ``(B, C, ceil(H / s), ceil(W / s))`` with ``s`` =
-            4, 8, 16, 32, that of stage 4 after the final LayerNorm and without the class token. With
-            ``out_type='cls_token'`` the last is the class token ``(B, C4)`` after the final LayerNorm.
+            4, 8, 16, 32, channels last in memory, that of stage 4 after the final LayerNorm and without the class
+            token. With ``out_type='cls_token'`` the last is the class token ``(B, C4)`` after the final LayerNorm.
 
         Raises:
             ValueError: for another number of dimensions or channels, or a side under 32.
@@ -417,9 +461,9 @@ class SOFT(BaseModule):
                     outputs.append(tokens[:, 0])
                     break
                 tokens = tokens[:, 1:]
-            x = tokens.transpose(1, 2).reshape(x.shape[0], -1, *grid)
+            x = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
             if i in self.out_indices:
-                outputs.append(x.contiguous())
+                outputs.append(x.contiguous(memory_format=torch.channels_last))
         return tuple(outputs)
 
     def get_layer_depth(self, param_name, prefix=''):

@@ -4,11 +4,13 @@
 """
 
 from .attention import local_branch, normalized_softmax_free_attention, softmax_free_attention
-from .inverse import newton_inverse, newton_inverse_per_image, ridge_solve, safe_ridge
+from .blockwise import blockwise_attention
+from .inverse import newton_inverse, newton_inverse_per_image, ridge_matrix, safe_ridge
 from .kernel import gaussian_kernel
 from .landmarks import conv_landmarks, pool_landmarks, pooled_grid
 
 __all__ = [
+    'blockwise_attention',
     'conv_landmarks',
     'gaussian_kernel',
     'local_branch',
@@ -17,7 +19,7 @@ __all__ = [
     'normalized_softmax_free_attention',
     'pool_landmarks',
     'pooled_grid',
-    'ridge_solve',
+    'ridge_matrix',
     'safe_ridge',
     'softmax_free_attention',
 ]

@@ -1,10 +1,10 @@
 """Softmax-free attention over landmarks, and its local branch."""
 
-import torch
 import torch.nn.functional as F
 
-from .inverse import newton_inverse, newton_inverse_per_image, ridge_solve
-from .kernel import gaussian_kernel, without_autocast
+from .blockwise import blockwise_attention
+from .inverse import newton_inverse, newton_inverse_per_image, ridge_matrix
+from .kernel import gaussian_kernel
 
 SOLVERS = ('newton', 'cholesky')
 NEWTON_BACKWARDS = ('one_step', 'exact')
@@ -31,8 +31,8 @@ def softmax_free_attention(
 ):
     """Plain attention ``P (A_inv (P^T v))`` with ``P = g(q, l)`` and ``A = g(l, l)`` (SOFT, section 3.2).
 
-    The products are taken from the right, ``n m d`` multiply-adds each: nothing of size ``n x n`` is formed and
-    nothing of size ``n x m`` meets one of size ``m x m``.
+    The products are taken from the right, ``n m d`` multiply-adds each, and ``P`` is formed a block of tokens at a
+    time: nothing of size ``n x n`` or ``n x m`` is held, see :mod:`soft_mm.ops.blockwise`.
 
     Args:
         q (Tensor): queries, which are the keys too, already divided by ``d^(1/4)``, ``(B, h, n, d)``.
@@ -51,13 +51,11 @@ def softmax_free_attention(
         ValueError: for an unknown ``solver`` or ``newton_backward``, or fewer than one iteration.
     """
     check_solver(solver, newton_iterations, newton_backward)
-
-    def apply_inverse(kernel, right):
-        if solver == 'cholesky':
-            return ridge_solve(kernel, right, ridge)
-        return newton_inverse(kernel, newton_iterations, ridge, newton_backward) @ right
-
-    return _attend(q, landmarks, v, apply_inverse)
+    kernel = gaussian_kernel(landmarks, landmarks)
+    if solver == 'cholesky':
+        return blockwise_attention(q, landmarks, v, ridge_matrix(kernel, ridge), inverted=True)
+    inverse = newton_inverse(kernel, newton_iterations, ridge, newton_backward)
+    return blockwise_attention(q, landmarks, v, inverse)
 
 
 def normalized_softmax_free_attention(
@@ -89,21 +87,12 @@ def normalized_softmax_free_attention(
         ValueError: for an unknown ``solver`` or fewer than one iteration.
     """
     check_solver(solver, newton_iterations, NEWTON_BACKWARDS[0])
-
-    def apply_inverse(kernel, right):
-        scale = (degree_scale * kernel.sum(-1, keepdim=True)).rsqrt()
-        if solver == 'cholesky':
-            return scale * ridge_solve(kernel, scale * right, ridge)
-        return scale * (newton_inverse_per_image(kernel, newton_iterations) @ (scale * right))
-
-    return _attend(q, landmarks, v, apply_inverse)
-
-
-@without_autocast
-def _attend(q, landmarks, v, apply_inverse):
-    cross = gaussian_kernel(q, landmarks)
-    gathered = torch.matmul(cross.transpose(-2, -1), v.to(cross.dtype))
-    return torch.matmul(cross, apply_inverse(gaussian_kernel(landmarks, landmarks), gathered)).to(v.dtype)
+    kernel = gaussian_kernel(landmarks, landmarks)
+    root = (degree_scale * kernel.sum(-1, keepdim=True)).sqrt()
+    roots = root * root.transpose(-2, -1)
+    if solver == 'cholesky':
+        return blockwise_attention(q, landmarks, v, ridge_matrix(kernel, ridge) * roots, inverted=True)
+    return blockwise_attention(q, landmarks, v, newton_inverse_per_image(kernel, newton_iterations) / roots)
 
 
 def local_branch(v, grid, weight):
@@ -117,7 +106,8 @@ def local_branch(v, grid, weight):
     Returns:
         Tensor: ``(B, n, C)``.
     """
-    B, n, C = v.shape
-    maps = v.transpose(1, 2).reshape(B, C, *grid)
-    filters = weight.repeat_interleave(C // weight.shape[0], dim=0)
-    return F.conv2d(maps, filters, padding=weight.shape[-1] // 2, groups=C).flatten(2).transpose(1, 2)
+    channels = v.shape[-1]
+    maps = v.unflatten(1, grid).permute(0, 3, 1, 2)
+    filters = weight.repeat_interleave(channels // weight.shape[0], dim=0)
+    out = F.conv2d(maps, filters, padding=weight.shape[-1] // 2, groups=channels)
+    return out.permute(0, 2, 3, 1).flatten(1, 2)

@@ -124,20 +124,16 @@ def safe_ridge(kernel, ridge):
         return bound.clamp(min=ridge)
 
 
-@without_autocast
-def ridge_solve(kernel, right, ridge=0.01):
-    """``(A + ridge * I)^-1 right`` by Cholesky factorisation, with the exact gradient and without forming the inverse.
-
-    The ridge is raised where the dtype asks for it, see :func:`safe_ridge`.
+def ridge_matrix(kernel, ridge=0.01):
+    """``A + ridge * I``, positive definite in its dtype: the ridge is raised where that asks for it, see
+    :func:`safe_ridge`.
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric positive semidefinite with entries in [0, 1].
-        right (Tensor): ``(..., m, d)``.
         ridge (float): added to the diagonal, positive.
 
     Returns:
-        Tensor: ``(..., m, d)``.
+        Tensor: ``(..., m, m)`` in float32 or wider.
     """
-    kernel, right = kernel.to(compute_dtype(kernel)), right.to(compute_dtype(kernel))
-    factor, _ = torch.linalg.cholesky_ex(add_ridge(kernel, safe_ridge(kernel, ridge)))
-    return torch.cholesky_solve(right, factor)
+    kernel = kernel.to(compute_dtype(kernel))
+    return add_ridge(kernel, safe_ridge(kernel, ridge))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from soft_mm import ops
-from soft_mm.ops import reference
+from soft_mm.ops import blockwise, reference
 
 D = 8
 # Grid and ratio: remainders, a side shorter than the ratio, one landmark, a single row.
@@ -79,7 +79,7 @@ INVERSES = {
     'one_step': ops.newton_inverse,
     'exact': lambda kernel: ops.newton_inverse(kernel, backward='exact'),
     'per_image': ops.newton_inverse_per_image,
-    'ridge': lambda kernel: ops.ridge_solve(kernel, torch.eye(20)),
+    'ridge': ops.ridge_matrix,
 }
 
 
@@ -124,6 +124,14 @@ def fast_attention(q, v, conv, grid, solver, backward, normalized):
     return ops.softmax_free_attention(q, landmarks, v, solver=solver, newton_backward=backward)
 
 
+@pytest.fixture(params=[1, 2000, None], ids=['one_token', 'some_tokens', 'default'])
+def block_entries(request, monkeypatch):
+    """Entries of P in a block: a token at a time, an uneven number of tokens, and all of these small cases."""
+    if request.param:
+        monkeypatch.setitem(blockwise._BLOCK_ENTRIES, 'cpu', request.param)
+
+
+@pytest.mark.usefixtures('block_entries')
 @pytest.mark.parametrize('spread', [0.6, 1.5], ids=['flat', 'sharp'])
 @pytest.mark.parametrize('normalized', [False, True], ids=['plain', 'normalized'])
 @pytest.mark.parametrize('solver', ['newton', 'cholesky'])
@@ -166,6 +174,7 @@ def test_attention_in_float32_is_near_float64(solver, normalized):
         torch.testing.assert_close(mine.double() / scale, theirs / scale, rtol=0, atol=1e-3)
 
 
+@pytest.mark.usefixtures('block_entries')
 @pytest.mark.parametrize('normalized', [False, True], ids=['plain', 'normalized'])
 @pytest.mark.parametrize('solver', ['newton', 'cholesky'])
 def test_gradcheck(solver, normalized):
@@ -233,8 +242,8 @@ def test_an_image_does_not_depend_on_its_batch(solver, normalized):
 @pytest.mark.parametrize('count', [64, 1024])
 def test_cholesky_survives_landmarks_that_are_all_alike(count):
     landmarks = torch.zeros(1, 1, count, D).requires_grad_()
-    right = torch.randn(1, 1, count, D, generator=torch.Generator().manual_seed(0))
-    out = ops.ridge_solve(ops.gaussian_kernel(landmarks, landmarks), right, ridge=1e-9)
+    q, v = torch.randn(2, 1, 1, 50, D, generator=torch.Generator().manual_seed(0))
+    out = ops.softmax_free_attention(q, landmarks, v, solver='cholesky', ridge=1e-9)
     out.sum().backward()
     assert torch.isfinite(out).all() and torch.isfinite(landmarks.grad).all()
 

@@ -1,35 +1,20 @@
-# Scenes of 256x256 with semantic maps for mmsegmentation: composed on the fly for training, read from disk for
-# validation (tools/make_photo_digits.py writes them there). Digits must not be flipped.
-data_root = 'data/photo_digits_demo/'
-batch_size = 4
-scale = (192, 192)
-num_train_scenes = 8000
-classes = ('background', *(str(digit) for digit in range(10)))
-palette = [
-    (0, 0, 0),
-    (230, 25, 75),
-    (60, 180, 75),
-    (255, 225, 25),
-    (0, 130, 200),
-    (245, 130, 48),
-    (145, 30, 180),
-    (70, 240, 240),
-    (240, 50, 230),
-    (210, 245, 60),
-    (250, 190, 212),
-]
+# Scenes with semantic maps for mmsegmentation.
+_base_ = ['./photo_digits_scenes.py']
+
+classes = ('background', *_base_.digits)
+palette = [(0, 0, 0), *_base_.palette]
 
 train_dataloader = dict(
-    batch_size=batch_size,
+    batch_size=_base_.batch_size,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='soft_mm.PhotoDigitsScenes',
         annotations='semantic',
-        length=num_train_scenes,
-        generator=dict(recolour=0.5),
-        pipeline=[dict(type='Resize', scale=scale), dict(type='PackSegInputs')],
+        length=_base_.num_train_scenes,
+        generator=_base_.train_generator,
+        pipeline=[dict(type='PackSegInputs')],
     ),
 )
 val_dataloader = dict(
@@ -38,14 +23,14 @@ val_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='BaseSegDataset',
-        data_root=data_root,
+        data_root=_base_.data_root,
         data_prefix=dict(img_path='val/scenes/images', seg_map_path='val/scenes/semantic'),
         img_suffix='.png',
         metainfo=dict(classes=classes, palette=palette),
         reduce_zero_label=False,
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(type='Resize', scale=scale),
+            dict(type='Resize', scale=_base_.scale),
             dict(type='LoadAnnotations'),
             dict(type='PackSegInputs'),
         ],
