@@ -40,7 +40,6 @@ model = dict(
 )
 # What does not come from the classifier learns faster.
 optim_wrapper = dict(
-    optimizer=dict(lr=4e-4),
     paramwise_cfg=dict(
         custom_keys=dict(neck=dict(lr_mult=3.0), rpn_head=dict(lr_mult=3.0), roi_head=dict(lr_mult=3.0))
     ),
