@@ -100,7 +100,7 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
             pool.submit(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture).result()
     summary['versions'] = _versions()
     path = work_dir / 'summary.json'
-    path.write_text(json.dumps(summary, indent=2) + '\n')
+    _write(path, json.dumps(summary, indent=2) + '\n')
     _print_summary(summary, console)
     console.print(f'{path}, and beside it loss_curves.png, detection.png, segmentation.png')
     return summary
@@ -129,7 +129,7 @@ def _train(task, work_dir, options, pretrained, console):
     record = dict(fingerprint=fingerprint, seconds=record.get('seconds', 0.0))
     start = time.time()
     try:
-        record_file.write_text(json.dumps(record))
+        _write(record_file, json.dumps(record))
         common = [str(task.config_file), '--work-dir', str(work_dir)]
         resume = ['--resume', str(checkpoint)] if checkpoint else []
         overrides = ['--cfg-options', *(f'{key}={value}' for key, value in options.items())] if options else []
@@ -142,11 +142,18 @@ def _train(task, work_dir, options, pretrained, console):
         raise RuntimeError(f'{task.name} failed with exit code {error.returncode}; its log is in {work_dir}') from error
     finally:
         record['seconds'] = round(record['seconds'] + time.time() - start, 1)
-        record_file.write_text(json.dumps(record))
+        _write(record_file, json.dumps(record))
     logged = _logged_metrics(task, work_dir) or json.loads(metrics_file.read_text())
     record['metrics'] = {name: round(logged[key] * scale, 4) for key, (name, scale) in task.metrics.items()}
-    record_file.write_text(json.dumps(record))
+    _write(record_file, json.dumps(record))
     return dict(record['metrics'], seconds=record['seconds'])
+
+
+def _write(path, text):
+    """Write a file at once, so that an interruption leaves the earlier one."""
+    part = path.with_suffix('.part')
+    part.write_text(text)
+    part.replace(path)
 
 
 def _run_tool(name, *arguments):

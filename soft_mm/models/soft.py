@@ -130,7 +130,7 @@ class SOFTStage(BaseModule):
         pos_embed = self.pos_embed
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or pos_embed.is_inference():
             return resize_pos_embed(pos_embed, grid).flatten(2).transpose(1, 2)
-        key = grid, pos_embed.dtype, pos_embed.device, pos_embed.data_ptr(), pos_embed._version
+        key = grid, pos_embed.dtype, pos_embed.device, id(pos_embed), pos_embed._version
         if self._positions[0] != key:
             self._positions = key, resize_pos_embed(pos_embed, grid).flatten(2).transpose(1, 2).contiguous()
         return self._positions[1]
@@ -439,8 +439,8 @@ class SOFT(BaseModule):
 
         Returns:
             tuple[Tensor]: one per stage of ``out_indices``: maps ``(B, C, ceil(H / s), ceil(W / s))`` with ``s`` =
-            4, 8, 16, 32, channels last in memory, that of stage 4 after the final LayerNorm and without the class
-            token. With ``out_type='cls_token'`` the last is the class token ``(B, C4)`` after the final LayerNorm.
+            4, 8, 16, 32, that of stage 4 after the final LayerNorm and without the class token. With
+            ``out_type='cls_token'`` the last is the class token ``(B, C4)`` after the final LayerNorm.
 
         Raises:
             ValueError: for another number of dimensions or channels, or a side under 32.
@@ -463,7 +463,8 @@ class SOFT(BaseModule):
                 tokens = tokens[:, 1:]
             x = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
             if i in self.out_indices:
-                outputs.append(x.contiguous(memory_format=torch.channels_last))
+                # mmcv's RoIAlign reads a map as if it were contiguous, whatever its strides.
+                outputs.append(x.contiguous())
         return tuple(outputs)
 
     def get_layer_depth(self, param_name, prefix=''):

@@ -13,9 +13,11 @@ def add_ridge(kernel, ridge):
 
 
 def _iterate(kernel, inverse, iterations):
+    shape = kernel.shape
+    kernel, inverse = (matrix.reshape(-1, *shape[-2:]) for matrix in (kernel, inverse))
     for _ in range(iterations):
-        inverse = 2 * inverse - inverse @ kernel @ inverse
-    return inverse
+        inverse = torch.baddbmm(inverse, torch.bmm(inverse, kernel), inverse, beta=2, alpha=-1)
+    return inverse.view(shape)
 
 
 def _plain_step(kernel):
