@@ -7,7 +7,7 @@ _base_ = [
 
 # The classifier of soft-tiny_photo-digits-crops.py, where the demo leaves it.
 pretrained = 'work_dirs/demo/classification/iter_1400.pth'
-max_iters = 1050
+max_iters = 900
 channels = 128
 
 model = dict(
