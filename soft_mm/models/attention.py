@@ -5,8 +5,8 @@ An attention of stages 1 to 3 is built as ``Type(embed_dims, num_heads, ratio, c
 """
 
 import inspect
+import math
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.model import BaseModule
@@ -42,6 +42,8 @@ class SoftmaxFreeAttention(BaseModule):
             Every other form differentiates what it computed. Defaults to ``'one_step'``.
         max_landmarks (int | None): bound on the number of landmarks, by average pooling of their grid. None is the
             authors' behaviour: the landmarks grow with the tokens. Defaults to None.
+        ridge (float): added to the diagonal of the landmarks' kernel, the normalised ``'newton'`` form excepted,
+            which has none. Defaults to 0.01, the authors'.
         init_cfg (dict | None): mmengine's. Defaults to None.
 
     Raises:
@@ -59,6 +61,7 @@ class SoftmaxFreeAttention(BaseModule):
         newton_iterations=20,
         newton_backward='one_step',
         max_landmarks=None,
+        ridge=0.01,
         init_cfg=None,
     ):
         super().__init__(init_cfg)
@@ -80,48 +83,56 @@ class SoftmaxFreeAttention(BaseModule):
         self.solver = solver
         self.newton_iterations = newton_iterations
         self.newton_backward = newton_backward
+        if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not 0 < ridge < math.inf:
+            raise ValueError(f'ridge={ridge!r} must be a positive number')
         self.max_landmarks = max_landmarks
+        self.ridge = ridge
         self.qv = nn.Linear(embed_dims, 2 * embed_dims)
         self.landmark = nn.Conv2d(self.head_dims, self.head_dims, ratio, stride=ratio, bias=False)
         self.landmark_norm = nn.LayerNorm(self.head_dims)
         self.local = nn.Conv2d(num_heads, num_heads, conv_size, padding=conv_size // 2, groups=num_heads, bias=False)
         self.proj = nn.Linear(embed_dims, embed_dims)
-        # Scaling the rows of the weight costs less than scaling the queries.
-        scales = torch.ones(2 * embed_dims)
-        scales[:embed_dims] = self.head_dims**-0.25
-        self.register_buffer('qv_scales', scales, persistent=False)
 
     def attend(self, q, v, grid):
         """The attention core, without projections and local branch.
 
         Args:
-            q (Tensor): queries, already divided by ``d^(1/4)``, ``(B, h, n, d)``.
+            q (Tensor): queries as projected, ``(B, h, n, d)``.
             v (Tensor): values ``(B, h, n, d)``.
             grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
 
         Returns:
             Tensor: ``(B, h, n, d)``.
         """
-        norm = self.landmark_norm
-        landmarks, landmark_grid = ops.conv_landmarks(q, grid, self.landmark.weight, norm.weight, norm.bias, norm.eps)
+        # Queries are divided by d^(1/4). What is made of them is scaled in their place, which saves a pass over them.
+        scale, norm = self.head_dims**-0.25, self.landmark_norm
+        weight = self.landmark.weight * scale
+        landmarks, landmark_grid = ops.conv_landmarks(q, grid, weight, norm.weight, norm.bias, norm.eps)
         landmarks, merged = ops.pool_landmarks(landmarks, landmark_grid, self.max_landmarks)
-        inverse = dict(solver=self.solver, newton_iterations=self.newton_iterations)
+        options = dict(solver=self.solver, newton_iterations=self.newton_iterations, ridge=self.ridge, scale=scale)
         if self.normalized:
             # Each pooled landmark stands for `merged` of them, whose rows the degree would have summed.
-            return ops.normalized_softmax_free_attention(q, landmarks, v, degree_scale=merged, **inverse)
-        return ops.softmax_free_attention(q, landmarks, v, newton_backward=self.newton_backward, **inverse)
+            return ops.normalized_softmax_free_attention(q, landmarks, v, degree_scale=merged, **options)
+        return ops.softmax_free_attention(q, landmarks, v, newton_backward=self.newton_backward, **options)
 
     def forward(self, x, grid):
         """Tokens ``(B, n, C)`` on ``grid`` in, tokens ``(B, n, C)`` out."""
-        scales = self.qv_scales
-        q, v = F.linear(x, self.qv.weight * scales.unsqueeze(1), self.qv.bias * scales).chunk(2, dim=-1)
+        q, v = self.qv(x).chunk(2, dim=-1)
         heads = (*x.shape[:2], self.num_heads, self.head_dims)
         out = self.attend(q.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2), grid)
         out = ops.local_branch(v, grid, self.local.weight) + out.transpose(1, 2).reshape(x.shape)
         return self.proj(out)
 
     def extra_repr(self):
-        options = ('num_heads', 'normalized', 'solver', 'newton_iterations', 'newton_backward', 'max_landmarks')
+        options = (
+            'num_heads',
+            'normalized',
+            'solver',
+            'newton_iterations',
+            'newton_backward',
+            'max_landmarks',
+            'ridge',
+        )
         return ', '.join(f'{option}={getattr(self, option)!r}' for option in options)
 
 

@@ -30,6 +30,8 @@ NUM_STAGES = 4
 MIN_SIDE = 32
 STEM_DIMS = 32
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
+# Not there before PyTorch 2.3.
+_is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
 
 
 class PatchEmbed(nn.Sequential):
@@ -60,12 +62,15 @@ class PatchEmbed(nn.Sequential):
         """Map ``(B, C_in, H, W)`` in, map ``(B, C, H', W')`` out."""
         layers = list(self)
         for conv, norm, activation in zip(layers[::3], layers[1::3], layers[2::3]):
-            if norm.training:
+            # Someone else may have folded it for good and left an identity.
+            if norm.training or not isinstance(norm, _BatchNorm):
                 x = norm(conv(x))
             else:
-                scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+                dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+                scale = norm.weight.to(dtype) * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
                 weight = conv.weight * scale[:, None, None, None]
                 bias = norm.bias + (conv.bias - norm.running_mean) * scale
+                weight, bias = weight.to(conv.weight.dtype), bias.to(conv.bias.dtype)
                 x = F.conv2d(x, weight, bias, conv.stride, conv.padding)
             x = activation(x)
         return x
@@ -121,6 +126,10 @@ class SOFTStage(BaseModule):
         self._positions = None, None
         return super().train(mode)
 
+    def __getstate__(self):
+        """Copies and pickles leave out what :meth:`positions` keeps."""
+        return dict(self.__dict__, _positions=(None, None))
+
     def positions(self, grid):
         """Position embeddings of a grid as tokens ``(1, n, C)``.
 
@@ -128,7 +137,8 @@ class SOFTStage(BaseModule):
         ``.data`` in between goes unseen until :meth:`train` or ``eval()`` is called, as the toolboxes' loops do.
         """
         pos_embed = self.pos_embed
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or pos_embed.is_inference():
+        traced = _is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or traced or pos_embed.is_inference():
             return resize_pos_embed(pos_embed, grid).flatten(2).transpose(1, 2)
         key = grid, pos_embed.dtype, pos_embed.device, id(pos_embed), pos_embed._version
         if self._positions[0] != key:
@@ -142,7 +152,7 @@ class SOFTStage(BaseModule):
             tuple[Tensor, tuple[int, int]]: tokens ``(B, n, C)`` after the last block, with the class token first
             where there is one, and their grid.
         """
-        # Channels last, a map is its tokens: neither the way here nor the way back copies anything.
+        # Channels last, a map is its tokens: between them nothing is copied.
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         grid = tuple(x.shape[-2:])
         x = x.permute(0, 2, 3, 1).flatten(1, 2) + self.positions(grid)

@@ -28,6 +28,7 @@ def softmax_free_attention(
     newton_iterations=20,
     newton_backward='one_step',
     ridge=0.01,
+    scale=1.0,
 ):
     """Plain attention ``P (A_inv (P^T v))`` with ``P = g(q, l)`` and ``A = g(l, l)`` (SOFT, section 3.2).
 
@@ -35,7 +36,7 @@ def softmax_free_attention(
     time: nothing of size ``n x n`` or ``n x m`` is held, see :mod:`soft_mm.ops.blockwise`.
 
     Args:
-        q (Tensor): queries, which are the keys too, already divided by ``d^(1/4)``, ``(B, h, n, d)``.
+        q (Tensor): queries, which are the keys too, ``(B, h, n, d)``.
         landmarks (Tensor): ``(B, h, m, d)``.
         v (Tensor): values ``(B, h, n, d_v)``.
         solver (str): ``'newton'``, the authors' truncated iterations on ``A + ridge * I``, or ``'cholesky'``, its
@@ -43,6 +44,7 @@ def softmax_free_attention(
         newton_iterations (int): see :func:`~soft_mm.ops.newton_inverse`.
         newton_backward (str): see :func:`~soft_mm.ops.newton_inverse`.
         ridge (float): see there.
+        scale (float): multiplies the queries: ``d^(-1/4)`` where they come as projected. Defaults to 1.
 
     Returns:
         Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``; computed in float32 or wider.
@@ -53,9 +55,9 @@ def softmax_free_attention(
     check_solver(solver, newton_iterations, newton_backward)
     kernel = gaussian_kernel(landmarks, landmarks)
     if solver == 'cholesky':
-        return blockwise_attention(q, landmarks, v, ridge_matrix(kernel, ridge), inverted=True)
+        return blockwise_attention(q, landmarks, v, ridge_matrix(kernel, ridge), True, scale)
     inverse = newton_inverse(kernel, newton_iterations, ridge, newton_backward)
-    return blockwise_attention(q, landmarks, v, inverse)
+    return blockwise_attention(q, landmarks, v, inverse, scale=scale)
 
 
 def normalized_softmax_free_attention(
@@ -66,6 +68,7 @@ def normalized_softmax_free_attention(
     newton_iterations=20,
     ridge=0.01,
     degree_scale=1.0,
+    scale=1.0,
 ):
     """Normalised attention ``P (D^-1/2 A_inv D^-1/2 (P^T v))`` with ``D = diag(A 1)`` (SOFT++, attention
     normalisation).
@@ -79,6 +82,7 @@ def normalized_softmax_free_attention(
         newton_iterations (int): number of iterations of ``'newton'``, which is differentiated through.
         ridge (float): of ``'cholesky'``.
         degree_scale (float): multiplies ``D``: how many landmarks each of the given ones stands for.
+        scale (float): multiplies the queries. Defaults to 1.
 
     Returns:
         Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``; computed in float32 or wider.
@@ -91,8 +95,9 @@ def normalized_softmax_free_attention(
     root = (degree_scale * kernel.sum(-1, keepdim=True)).sqrt()
     roots = root * root.transpose(-2, -1)
     if solver == 'cholesky':
-        return blockwise_attention(q, landmarks, v, ridge_matrix(kernel, ridge) * roots, inverted=True)
-    return blockwise_attention(q, landmarks, v, newton_inverse_per_image(kernel, newton_iterations) / roots)
+        return blockwise_attention(q, landmarks, v, ridge_matrix(kernel, ridge) * roots, True, scale)
+    inverse = newton_inverse_per_image(kernel, newton_iterations) / roots
+    return blockwise_attention(q, landmarks, v, inverse, scale=scale)
 
 
 def local_branch(v, grid, weight):

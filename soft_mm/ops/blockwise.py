@@ -15,8 +15,7 @@ def _blocks(q, landmarks):
     """Slices of the tokens, as even as whole numbers allow."""
     tokens, entries = q.shape[-2], q.shape[:-1].numel() * landmarks.shape[-2]
     count = min(-(-entries // _BLOCK_ENTRIES.get(q.device.type, _ACCELERATOR_ENTRIES)), tokens)
-    size = -(-tokens // max(count, 1))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    return [slice(i * tokens // count, (i + 1) * tokens // count) for i in range(count)]
 
 
 def _append_ones(tokens):
@@ -24,7 +23,7 @@ def _append_ones(tokens):
 
 
 class _Kernel:
-    """The kernel between a block of queries and the landmarks."""
+    """The kernel between a block of scaled queries and the landmarks."""
 
     def __init__(self, landmarks):
         self.transposed = landmarks.transpose(-2, -1)
@@ -46,18 +45,19 @@ def _empty_tokens(like, dtype):
 class _BlockwiseAttention(torch.autograd.Function):
     """``P M (P^T v)`` with ``M`` a given matrix or the inverse of a given one.
 
-    The backward recomputes ``P`` and holds, beside tensors of the size of its inputs, one block. With ``G = P^T v``,
-    ``W = M G`` and the incoming gradient ``dO``: ``dW = P^T dO``, ``dG = M^T dW``, ``dP = dO W^T + v dG^T``, and with
-    ``dE = dP * P`` the gradients of the tokens follow from those of a squared distance.
+    The backward recomputes ``P`` and holds, beside tensors of the size of its inputs, what belongs to one block. With
+    ``G = P^T v``, ``W = M G`` and the incoming gradient ``dO``: ``dW = P^T dO``, ``dG = M^T dW``,
+    ``dP = dO W^T + v dG^T``, and with ``dE = dP * P`` the gradients of the tokens follow from those of a squared
+    distance.
     """
 
     @staticmethod
-    def forward(ctx, q, landmarks, v, matrix, inverted):
+    def forward(ctx, q, landmarks, v, matrix, inverted, scale):
         dtype = landmarks.dtype
         blocks, kernel = _blocks(q, landmarks), _Kernel(landmarks)
         gathered = landmarks.new_zeros(*landmarks.shape[:-1], v.shape[-1])
         for block in blocks:
-            cross = kernel(q[:, :, block].to(dtype))
+            cross = kernel(q[:, :, block].to(dtype) * scale)
             gathered += torch.matmul(cross.transpose(-2, -1), v[:, :, block].to(dtype))
         if inverted:
             matrix, _ = torch.linalg.cholesky_ex(matrix)
@@ -67,10 +67,10 @@ class _BlockwiseAttention(torch.autograd.Function):
         out = _empty_tokens(v, v.dtype)
         for block in blocks:
             if len(blocks) > 1:
-                cross = kernel(q[:, :, block].to(dtype))
+                cross = kernel(q[:, :, block].to(dtype) * scale)
             out[:, :, block] = torch.matmul(cross, weights)
         ctx.save_for_backward(q, landmarks, v, matrix, gathered, weights)
-        ctx.inverted = inverted
+        ctx.inverted, ctx.scale = inverted, scale
         return out
 
     @staticmethod
@@ -82,7 +82,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             grad_weights = torch.zeros_like(weights)
             for block in blocks:
-                cross = kernel(q[:, :, block].to(dtype))
+                cross = kernel(q[:, :, block].to(dtype) * ctx.scale)
                 grad_weights += torch.matmul(cross.transpose(-2, -1), grad[:, :, block].to(dtype))
             if ctx.inverted:
                 grad_gathered = torch.cholesky_solve(grad_weights, matrix)
@@ -95,32 +95,33 @@ class _BlockwiseAttention(torch.autograd.Function):
             grad_q, grad_v = _empty_tokens(q, q.dtype), _empty_tokens(v, v.dtype)
             sums = torch.zeros_like(landmarks_and_one)
             for block in blocks:
-                tokens, values = q[:, :, block].to(dtype), v[:, :, block].to(dtype)
+                tokens, values = q[:, :, block].to(dtype) * ctx.scale, v[:, :, block].to(dtype)
                 if len(blocks) > 1:
                     cross = kernel(tokens)
                 grad_v[:, :, block] = torch.matmul(cross, grad_gathered)
                 outer = torch.matmul(torch.cat([grad[:, :, block].to(dtype), values], dim=-1), both).mul_(cross)
                 pulls = torch.matmul(outer, landmarks_and_one)
-                grad_q[:, :, block] = pulls[..., :-1] - pulls[..., -1:] * tokens
+                grad_q[:, :, block] = (pulls[..., :-1] - pulls[..., -1:] * tokens) * ctx.scale
                 sums += torch.matmul(outer.transpose(-2, -1), _append_ones(tokens))
             grad_landmarks = sums[..., :-1] - sums[..., -1:] * landmarks
-        return grad_q, grad_landmarks, grad_v, grad_matrix, None
+        return grad_q, grad_landmarks, grad_v, grad_matrix, None, None
 
 
 @without_autocast
-def blockwise_attention(q, landmarks, v, matrix, inverted=False):
-    """``P M (P^T v)`` with ``P = g(q, l)``, in memory that grows with ``n d + m^2`` and not with ``n m``.
+def blockwise_attention(q, landmarks, v, matrix, inverted=False, scale=1.0):
+    """``P M (P^T v)`` with ``P = g(scale q, l)``, in memory that grows with ``n d + m^2`` and not with ``n m``.
 
     Args:
-        q (Tensor): scaled queries ``(B, h, n, d)``.
+        q (Tensor): queries ``(B, h, n, d)``.
         landmarks (Tensor): ``(B, h, m, d)``.
         v (Tensor): values ``(B, h, n, d_v)``.
         matrix (Tensor): ``M``, ``(B, h, m, m)``, or with ``inverted`` a symmetric positive definite matrix whose
-            inverse ``M`` is; in that case its gradient is that of a symmetric matrix.
+            inverse ``M`` is; its gradient then holds for symmetric changes of it.
         inverted (bool): see ``matrix``. Defaults to False.
+        scale (float): of the queries. Defaults to 1.
 
     Returns:
         Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider. It can be differentiated once.
     """
     dtype = compute_dtype(q)
-    return _BlockwiseAttention.apply(q, landmarks.to(dtype), v, matrix.to(dtype), inverted)
+    return _BlockwiseAttention.apply(q, landmarks.to(dtype), v, matrix.to(dtype), inverted, scale)

@@ -7,9 +7,8 @@ from .kernel import compute_dtype, without_autocast
 
 def add_ridge(kernel, ridge):
     """``kernel + ridge * I`` for ``(..., m, m)``; ``ridge`` is a number or a tensor ``(...)``."""
-    ridge = torch.as_tensor(ridge, dtype=kernel.dtype, device=kernel.device)
-    diagonal = ridge.unsqueeze(-1).expand(*kernel.shape[:-1])
-    return kernel + torch.diag_embed(diagonal)
+    diagonal = torch.ones_like(kernel[..., 0])
+    return kernel + torch.diag_embed(diagonal * (ridge if isinstance(ridge, (int, float)) else ridge.unsqueeze(-1)))
 
 
 def _iterate(kernel, inverse, iterations):

@@ -8,8 +8,9 @@ from mmengine.logging import MMLogger
 from mmengine.model import PretrainedInit
 
 from soft_mm import SOFT, SoftmaxFreeAttention
+from soft_mm.models import soft
 from soft_mm.models.blocks import DropPath
-from soft_mm.models.soft import resize_pos_embed
+from soft_mm.models.soft import PatchEmbed, resize_pos_embed
 from soft_mm.registry import MODELS
 
 TINY_DIMS = (64, 128, 320, 512)
@@ -27,6 +28,12 @@ ATTENTIONS = {
 def reduced(**kwargs):
     torch.manual_seed(0)
     return SOFT(REDUCED_ARCH, **kwargs)
+
+
+def weighted_sum(maps):
+    """A loss whose gradient does not vanish behind a LayerNorm, as that of a sum of squares does."""
+    generator = torch.Generator().manual_seed(0)
+    return sum((out * torch.randn(out.shape, generator=generator)).sum() for out in maps)
 
 
 @pytest.mark.parametrize('arch', SOFT.arch_zoo)
@@ -227,7 +234,7 @@ def test_with_cp_computes_the_same(attention):
         model = reduced(with_cp=with_cp, attention=attention, drop_path_rate=0.3).train()
         torch.manual_seed(1)
         out = model(x)
-        sum(o.square().mean() for o in out).backward()
+        weighted_sum(out).backward()
         results.append([*out, *(p.grad for p in model.parameters())])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other)
@@ -249,6 +256,55 @@ def test_position_embeddings_are_resized_at_load(img_size):
     with torch.no_grad():
         for one, other in zip(source(x), target(x)):
             torch.testing.assert_close(one, other)
+
+
+def test_positions_are_kept_between_evaluation_forwards(monkeypatch):
+    grids = []
+
+    def resize(embedding, grid):
+        grids.append(grid)
+        return resize_pos_embed(embedding, grid)
+
+    monkeypatch.setattr(soft, 'resize_pos_embed', resize)
+    model = reduced(out_indices=(0,)).eval()
+    stage, x, wide = model.stages[0], torch.randn(1, 3, 64, 96), torch.randn(1, 3, 64, 128)
+    with torch.no_grad():
+        first = model(x)[0]
+        assert torch.equal(model(x)[0], first) and grids == [(16, 24)]
+        model(wide)
+        assert grids == [(16, 24), (16, 32)]
+        stage.pos_embed.add_(1)
+        second = model(x)[0]
+        assert not torch.equal(second, first)
+        model.load_state_dict(model.state_dict() | {'stages.0.pos_embed': stage.pos_embed - 1})
+        torch.testing.assert_close(model(x)[0], first)
+        # An averaged model is swapped in through `.data` before its evaluation.
+        stage.pos_embed.data.add_(1)
+        torch.testing.assert_close(model.eval()(x)[0], second)
+        assert model.double()(x.double())[0].dtype == torch.float64
+    count = len(grids)
+    weighted_sum(model(x.double())).backward()
+    assert len(grids) == count + 1 and stage.pos_embed.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('stem', [True, False])
+def test_evaluation_folds_batchnorm(stem):
+    embed = PatchEmbed(3, 8, stem).double()
+    for norm in embed:
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for value in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+                value.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 21, 34, dtype=torch.float64)
+    embed.eval()
+    plain = torch.nn.Sequential.forward(embed, x)
+    grad = torch.randn_like(plain)
+    parameters = list(embed.parameters())
+    folded = embed(x)
+    torch.testing.assert_close(folded, plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(folded, parameters, grad), torch.autograd.grad(plain, parameters, grad)
+    ):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_layer_depth():

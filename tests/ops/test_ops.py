@@ -75,6 +75,19 @@ def test_kernel_and_attention_leave_half_precision(half):
     torch.testing.assert_close(out, wide.to(half))
 
 
+@pytest.mark.parametrize('solver', ['newton', 'cholesky'])
+def test_backward_of_attention_does_not_see_autocast(solver):
+    q, v, *conv = make_inputs((6, 7), 2, torch.float32)
+    landmarks = ops.conv_landmarks(q, (6, 7), *conv)[0].detach().requires_grad_()
+    inputs, results = (q, landmarks, v), []
+    for enabled in (False, True):
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=enabled):
+            out = ops.softmax_free_attention(*inputs, solver=solver)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
 INVERSES = {
     'one_step': ops.newton_inverse,
     'exact': lambda kernel: ops.newton_inverse(kernel, backward='exact'),
@@ -124,7 +137,7 @@ def fast_attention(q, v, conv, grid, solver, backward, normalized):
     return ops.softmax_free_attention(q, landmarks, v, solver=solver, newton_backward=backward)
 
 
-@pytest.fixture(params=[1, 2000, None], ids=['one_token', 'some_tokens', 'default'])
+@pytest.fixture(params=[1, 60, None], ids=['one_token', 'some_tokens', 'default'])
 def block_entries(request, monkeypatch):
     """Entries of P in a block: a token at a time, an uneven number of tokens, and all of these small cases."""
     if request.param:
@@ -186,6 +199,16 @@ def test_gradcheck(solver, normalized):
     assert torch.autograd.gradcheck(attention, (q, v, *conv), atol=1e-6)
 
 
+@pytest.mark.parametrize('solver', ['newton', 'cholesky'])
+def test_memory_does_not_grow_with_tokens_times_landmarks(solver):
+    """Nothing kept for the backward is larger than the tokens, though there are more landmarks than channels."""
+    q, landmarks, v = (torch.randn(1, 2, n, D).requires_grad_() for n in (3000, 5 * D, 3000))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda tensor: tensor):
+        ops.softmax_free_attention(q, landmarks, v, solver)
+    assert q.numel() in kept and max(kept) == q.numel()
+
+
 def test_one_step_backward_is_the_gradient_once_converged():
     tokens = 3 * torch.randn(3, 6, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kernel = reference.gaussian_kernel(tokens, tokens).requires_grad_()
@@ -239,11 +262,12 @@ def test_an_image_does_not_depend_on_its_batch(solver, normalized):
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize('attention', [ops.softmax_free_attention, ops.normalized_softmax_free_attention])
 @pytest.mark.parametrize('count', [64, 1024])
-def test_cholesky_survives_landmarks_that_are_all_alike(count):
+def test_cholesky_survives_landmarks_that_are_all_alike(count, attention):
     landmarks = torch.zeros(1, 1, count, D).requires_grad_()
     q, v = torch.randn(2, 1, 1, 50, D, generator=torch.Generator().manual_seed(0))
-    out = ops.softmax_free_attention(q, landmarks, v, solver='cholesky', ridge=1e-9)
+    out = attention(q, landmarks, v, solver='cholesky', ridge=1e-9)
     out.sum().backward()
     assert torch.isfinite(out).all() and torch.isfinite(landmarks.grad).all()
 

@@ -1,0 +1,202 @@
+"""What a token sweep compares: attention operators alone and whole backbones, each named by a short text."""
+
+import ast
+import importlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+# A token of stage 1 stands for 4x4 pixels, as in every backbone here but DeiT.
+STRIDE = 4
+
+#: Backbones by short name: what the registries of the toolboxes build.
+BACKBONES = {
+    'soft-tiny': dict(type='soft_mm.SOFT', arch='tiny', attention=dict(solver='cholesky', max_landmarks=49)),
+    'soft-tiny-authors': dict(type='soft_mm.SOFT', arch='tiny'),
+    'resnet-50': dict(type='mmdet.ResNet', depth=50),
+    'swin-tiny': dict(type='mmdet.SwinTransformer', drop_path_rate=0.2),
+    'pvt-tiny': dict(type='mmdet.PyramidVisionTransformer', num_layers=[2, 2, 2, 2]),
+    'pvtv2-b1': dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=64, num_layers=[2, 2, 2, 2]),
+    'twins-pcpvt-small': dict(type='mmpretrain.PCPVT', arch='small', out_indices=(0, 1, 2, 3)),
+    'twins-svt-small': dict(type='mmpretrain.SVT', arch='small', out_indices=(0, 1, 2, 3)),
+    'deit-tiny': dict(type='mmpretrain.VisionTransformer', arch='deit-tiny', out_type='featmap'),
+}
+#: Operators by short name: the options of ``SoftmaxFreeAttention``, or the softmax attention of PyTorch.
+OPERATORS = {
+    'attn-soft': dict(solver='cholesky', max_landmarks=49),
+    'attn-soft-norm': dict(solver='cholesky', max_landmarks=49, normalized=True),
+    'attn-soft-newton': dict(solver='newton', max_landmarks=49),
+    'attn-soft-newton-norm': dict(solver='newton', max_landmarks=49, normalized=True),
+    'attn-soft-unbounded': dict(solver='cholesky'),
+    'attn-soft-authors': dict(),
+    'attn-soft-authors-norm': dict(normalized=True),
+    'attn-softmax-fused': None,
+    'attn-softmax-plain': None,
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One thing to measure, as data that a worker process can be sent.
+
+    Attributes:
+        name: as the user gave it.
+        kind: ``'operator'`` or ``'backbone'``.
+        config: options of the operator, or config of the backbone.
+    """
+
+    name: str
+    kind: str
+    config: dict
+
+
+def parse_contender(text):
+    """Read a contender from its name.
+
+    Args:
+        text (str): a key of :data:`BACKBONES` or :data:`OPERATORS`, the registered name of a backbone with its scope
+            (``mmdet.ResNet``), or a config file, whose backbone is taken. After a colon may follow options that
+            override, ``key=value`` separated by commas, as in ``soft-tiny:arch=small,attention.max_landmarks=196``.
+
+    Returns:
+        Contender: the contender.
+
+    Raises:
+        ValueError: for a name that is none of these, or options that cannot be read.
+    """
+    base, _, rest = text.partition(':')
+    options = _parse_options(rest, text)
+    if base in OPERATORS:
+        given = OPERATORS[base]
+        if given is None and options:
+            raise ValueError(f'{text!r}: {base} takes no options')
+        return Contender(text, 'operator', dict(given or {}, **options))
+    if base in BACKBONES:
+        config = Config(BACKBONES[base])
+    elif base.endswith('.py') and Path(base).is_file():
+        cfg = Config.fromfile(base)
+        backbone = cfg.get('model', {}).get('backbone')
+        if backbone is None:
+            raise ValueError(f'{text!r}: the config has no model.backbone')
+        scope = cfg.get('default_scope')
+        if scope and '.' not in backbone.type:
+            backbone.type = f'{scope}.{backbone.type}'
+        config = Config(backbone)
+    elif '.' in base and not base.endswith('.py'):
+        config = Config(dict(type=base))
+    else:
+        raise ValueError(
+            f'{text!r} is unknown; choose of the operators {list(OPERATORS)}, the backbones {list(BACKBONES)}, give a '
+            'registered backbone with its scope, such as mmdet.ResNet:depth=50, or a config file'
+        )
+    config.merge_from_dict(options)
+    return Contender(text, 'backbone', config.to_dict())
+
+
+def _parse_options(text, whole):
+    """``a=1,b.c=x`` as a dict; commas within brackets do not separate."""
+    options, depth, start = {}, 0, 0
+    for end, letter in enumerate(f'{text},'):
+        depth += (letter in '([{') - (letter in ')]}')
+        if letter != ',' or depth:
+            continue
+        item, start = text[start:end].strip(), end + 1
+        if not item:
+            continue
+        key, equals, value = item.partition('=')
+        if not equals:
+            raise ValueError(f'{whole!r}: option {item!r} must have the form key=value')
+        try:
+            options[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            options[key.strip()] = value.strip()
+    return options
+
+
+def build_step(contender, size, batch_size, train, device, heads=2, head_dims=32):
+    """Build one contender and what is to be timed.
+
+    Args:
+        contender (Contender): what to build.
+        size (tuple[int, int]): height and width of the images in pixels; an operator has a quarter of either.
+        batch_size (int): images.
+        train (bool): forward and backward, instead of forward alone.
+        device (torch.device | str): where to compute.
+        heads (int): of an operator.
+        head_dims (int): channels of each.
+
+    Returns:
+        Callable[[], None]: one step.
+
+    Raises:
+        ValueError: if the backbone is not registered, or the operator takes other options.
+    """
+    build = _build_operator if contender.kind == 'operator' else _build_backbone
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        function, inputs, parameters = build(contender, size, batch_size, device, heads, head_dims, train)
+
+    def step():
+        if not train:
+            with torch.no_grad():
+                function(*inputs)
+            return
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        for tensor in (*inputs, *parameters):
+            tensor.grad = None
+
+    return step
+
+
+def _build_operator(contender, size, batch_size, device, heads, head_dims, train):
+    grid = tuple(-(-side // STRIDE) for side in size)
+    tokens = grid[0] * grid[1]
+    # As a projection leaves them: a token's heads side by side.
+    q, k, v = (torch.randn(batch_size, tokens, heads, head_dims, device=device).transpose(1, 2) for _ in range(3))
+    if train:
+        for tensor in (q, k, v):
+            tensor.requires_grad_()
+    if contender.name == 'attn-softmax-fused':
+        return F.scaled_dot_product_attention, (q, k, v), ()
+    if contender.name == 'attn-softmax-plain':
+        return _plain_softmax_attention, (q, k, v), ()
+    from soft_mm.models import SoftmaxFreeAttention
+
+    options = dict(dict(ratio=8, conv_size=9), **contender.config)
+    try:
+        inspect.signature(SoftmaxFreeAttention).bind(embed_dims=1, num_heads=1, **options)
+    except TypeError as error:
+        raise ValueError(f'{contender.name!r}: {error}') from None
+    module = SoftmaxFreeAttention(heads * head_dims, heads, **options).to(device)
+    return lambda q, v: module.attend(q, v, grid), (q, v), tuple(module.parameters())
+
+
+def _plain_softmax_attention(q, k, v):
+    return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1) @ v
+
+
+def _build_backbone(contender, size, batch_size, device, heads, head_dims, train):
+    config = dict(contender.config)
+    scope = config['type'].rpartition('.')[0]
+    # The toolboxes register their models when these are imported.
+    for module in (scope, f'{scope}.models'):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name not in (scope, f'{scope}.models'):
+                raise
+            raise ValueError(f'{contender.name!r} needs {scope}, which is not installed') from None
+    if MODELS.get(config['type']) is None:
+        raise ValueError(f'{contender.name!r}: {config["type"]} is not in the registry of {scope}')
+    model = MODELS.build(config).to(device)
+    # That of some backbones returns nothing.
+    model.train(train)
+    image = torch.rand(batch_size, config.get('in_channels', 3), *size, device=device)
+    return model, (image,), tuple(model.parameters())

@@ -1,0 +1,30 @@
+"""Print parameters and multiply-adds of the model of a config, in whole and by stage."""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from soft_mm.analysis.complexity import config_complexity
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file of mmpretrain, mmdet or mmsegmentation')
+    parser.add_argument(
+        '--shape', type=int, nargs=2, default=(224, 224), metavar=('H', 'W'), help='size of the image (224 224)'
+    )
+    parser.add_argument('--backbone', action='store_true', help='the backbone alone')
+    args = parser.parse_args()
+    try:
+        parts = config_complexity(args.config, tuple(args.shape), args.backbone)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    table = Table('part', 'parameters', 'multiply-adds', title=f'{args.config} at {args.shape[0]}x{args.shape[1]}')
+    for part in parts:
+        table.add_row(part.name or 'whole', f'{part.parameters / 1e6:.2f} M', f'{part.multiply_adds / 1e9:.3f} G')
+    Console().print(table)
+
+
+if __name__ == '__main__':
+    main()
