@@ -2,7 +2,6 @@
 
 import torch.nn as nn
 from mmengine.model import BaseModule
-from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiheadAttention, build_attention
 
@@ -44,17 +43,6 @@ class MLP(nn.Sequential):
         self.add_module('drop1', nn.Dropout(drop_rate))
         self.add_module('fc2', nn.Linear(4 * embed_dims, embed_dims))
         self.add_module('drop2', nn.Dropout(drop_rate))
-
-    def forward(self, x):
-        """Tokens ``(B, n, C)`` in and out."""
-        hidden = self.fc1(x)
-        if not hidden.requires_grad:
-            return self._project(hidden)
-        # The activation is computed again in the backward pass: it is cheap, and as wide as four tokens.
-        return checkpoint(self._project, hidden, use_reentrant=False, preserve_rng_state=self.drop1.p > 0)
-
-    def _project(self, hidden):
-        return self.drop2(self.fc2(self.drop1(self.act(hidden))))
 
 
 class SoftmaxFreeBlock(BaseModule):
