@@ -66,7 +66,9 @@ def test_config_parses_and_names_its_scope(config):
 
 @pytest.mark.parametrize('config', DENSE, ids=lambda path: path.stem)
 def test_dense_config_trains_from_the_classifier_and_evaluates(config, workspace, classifier):
-    done = train(workspace, config, f'model.backbone.init_cfg.checkpoint={classifier}')
+    # After two iterations a detector is sure of nothing, and without detections there are no metrics.
+    options = [] if config.stem.startswith('fpn') else ['model.test_cfg.rcnn.score_thr=0.0']
+    done = train(workspace, config, f'model.backbone.init_cfg.checkpoint={classifier}', *options)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-3000:]
     keys = sum(key.startswith('backbone.') for key in torch.load(classifier, weights_only=False)['state_dict'])
