@@ -65,6 +65,15 @@ def test_config_parses_and_names_its_scope(config):
 
 
 @pytest.mark.parametrize('config', DENSE, ids=lambda path: path.stem)
+def test_classes_and_colours_are_those_of_the_data_set(config):
+    from soft_mm.datasets import CLASSES, PALETTE
+
+    metainfo = Config.fromfile(config).val_dataloader.dataset.metainfo
+    # A config cannot import the package's own, and mmsegmentation's begin with the background.
+    assert tuple(metainfo.classes[-10:]) == CLASSES and tuple(metainfo.palette[-10:]) == PALETTE
+
+
+@pytest.mark.parametrize('config', DENSE, ids=lambda path: path.stem)
 def test_dense_config_trains_from_the_classifier_and_evaluates(config, workspace, classifier):
     # After two iterations a detector is sure of nothing, and without detections there are no metrics.
     options = [] if config.stem.startswith('fpn') else ['model.test_cfg.rcnn.score_thr=0.0']

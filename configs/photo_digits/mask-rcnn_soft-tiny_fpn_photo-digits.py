@@ -40,9 +40,7 @@ model = dict(
 )
 # What does not come from the classifier learns faster.
 optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys=dict(neck=dict(lr_mult=3.0), rpn_head=dict(lr_mult=3.0), roi_head=dict(lr_mult=3.0))
-    ),
+    paramwise_cfg=dict(custom_keys=dict(neck=dict(lr_mult=3.0), rpn_head=dict(lr_mult=3.0), roi_head=dict(lr_mult=3.0)))
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=60),

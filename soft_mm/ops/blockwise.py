@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .kernel import compute_dtype, without_autocast
+from .kernel import compute_dtype, gaussian_kernel, without_autocast
 
 # Entries of P at a time. On a CPU a block should stay in the cache while it is worked on; an accelerator wants large
 # products, and 2^24 entries are 64 MiB.
@@ -20,20 +20,6 @@ def _blocks(q, landmarks):
 
 def _append_ones(tokens):
     return torch.cat([tokens, tokens.new_ones(*tokens.shape[:-1], 1)], dim=-1)
-
-
-class _Kernel:
-    """The kernel between a block of scaled queries and the landmarks."""
-
-    def __init__(self, landmarks):
-        self.transposed = landmarks.transpose(-2, -1)
-        self.half_norms = landmarks.square().sum(-1).unsqueeze(-2) / 2
-
-    def __call__(self, q):
-        exponent = torch.matmul(q, self.transposed)
-        exponent -= q.square().sum(-1, keepdim=True) / 2
-        exponent -= self.half_norms
-        return exponent.clamp_(max=0).exp_()
 
 
 def _empty_tokens(like, dtype):
@@ -54,10 +40,10 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, landmarks, v, matrix, inverted, scale):
         dtype = landmarks.dtype
-        blocks, kernel = _blocks(q, landmarks), _Kernel(landmarks)
+        blocks = _blocks(q, landmarks)
         gathered = landmarks.new_zeros(*landmarks.shape[:-1], v.shape[-1])
         for block in blocks:
-            cross = kernel(q[:, :, block].to(dtype) * scale)
+            cross = gaussian_kernel(q[:, :, block].to(dtype) * scale, landmarks)
             gathered += torch.matmul(cross.transpose(-2, -1), v[:, :, block].to(dtype))
         if inverted:
             matrix, _ = torch.linalg.cholesky_ex(matrix)
@@ -67,7 +53,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         out = _empty_tokens(v, v.dtype)
         for block in blocks:
             if len(blocks) > 1:
-                cross = kernel(q[:, :, block].to(dtype) * scale)
+                cross = gaussian_kernel(q[:, :, block].to(dtype) * scale, landmarks)
             out[:, :, block] = torch.matmul(cross, weights)
         ctx.save_for_backward(q, landmarks, v, matrix, gathered, weights)
         ctx.inverted, ctx.scale = inverted, scale
@@ -78,11 +64,11 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, landmarks, v, matrix, gathered, weights = ctx.saved_tensors
         dtype = landmarks.dtype
-        blocks, kernel = _blocks(q, landmarks), _Kernel(landmarks)
+        blocks = _blocks(q, landmarks)
         with torch.autocast(q.device.type, enabled=False):
             grad_weights = torch.zeros_like(weights)
             for block in blocks:
-                cross = kernel(q[:, :, block].to(dtype) * ctx.scale)
+                cross = gaussian_kernel(q[:, :, block].to(dtype) * ctx.scale, landmarks)
                 grad_weights += torch.matmul(cross.transpose(-2, -1), grad[:, :, block].to(dtype))
             if ctx.inverted:
                 grad_gathered = torch.cholesky_solve(grad_weights, matrix)
@@ -97,7 +83,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             for block in blocks:
                 tokens, values = q[:, :, block].to(dtype) * ctx.scale, v[:, :, block].to(dtype)
                 if len(blocks) > 1:
-                    cross = kernel(tokens)
+                    cross = gaussian_kernel(tokens, landmarks)
                 grad_v[:, :, block] = torch.matmul(cross, grad_gathered)
                 outer = torch.matmul(torch.cat([grad[:, :, block].to(dtype), values], dim=-1), both).mul_(cross)
                 pulls = torch.matmul(outer, landmarks_and_one)

@@ -6,9 +6,8 @@ from .kernel import compute_dtype, without_autocast
 
 
 def add_ridge(kernel, ridge):
-    """``kernel + ridge * I`` for ``(..., m, m)``; ``ridge`` is a number or a tensor ``(...)``."""
-    diagonal = torch.ones_like(kernel[..., 0])
-    return kernel + torch.diag_embed(diagonal * (ridge if isinstance(ridge, (int, float)) else ridge.unsqueeze(-1)))
+    """``kernel + ridge * I`` for ``(..., m, m)``; ``ridge`` is a number or a tensor ``(..., 1, 1)``."""
+    return kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
 
 
 def _iterate(kernel, inverse, iterations):
@@ -137,4 +136,4 @@ def ridge_matrix(kernel, ridge=0.01):
         Tensor: ``(..., m, m)`` in float32 or wider.
     """
     kernel = kernel.to(compute_dtype(kernel))
-    return add_ridge(kernel, safe_ridge(kernel, ridge))
+    return add_ridge(kernel, safe_ridge(kernel, ridge)[..., None, None])

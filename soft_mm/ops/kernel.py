@@ -38,6 +38,7 @@ def gaussian_kernel(a, b):
     """
     a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
     exponent = torch.matmul(a, b.transpose(-2, -1))
-    exponent = exponent - a.square().sum(-1, keepdim=True) / 2 - b.square().sum(-1).unsqueeze(-2) / 2
+    exponent -= a.square().sum(-1, keepdim=True) / 2
+    exponent -= b.square().sum(-1).unsqueeze(-2) / 2
     # Rounding can lift the exponent of a token against itself above zero.
-    return exponent.clamp(max=0).exp()
+    return exponent.clamp_(max=0).exp_()
