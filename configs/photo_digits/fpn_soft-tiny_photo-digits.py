@@ -7,7 +7,7 @@ _base_ = [
 
 # The classifier of soft-tiny_photo-digits-crops.py, where the demo leaves it.
 pretrained = 'work_dirs/demo/classification/iter_1400.pth'
-max_iters = 700
+max_iters = 850
 channels = 128
 
 model = dict(
@@ -24,7 +24,7 @@ model = dict(
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=dict(type='BN'),
-        loss_decode=dict(class_weight=[0.3] + [2.0] * 10),
+        loss_decode=dict(class_weight=[0.5] + [2.0] * 10),
     ),
 )
 optim_wrapper = dict(
