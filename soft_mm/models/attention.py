@@ -160,9 +160,13 @@ class MultiheadAttention(BaseModule):
         return self.drop(self.proj(out.transpose(1, 2).reshape(B, n, C)))
 
 
+def _takes_shape(kind):
+    return inspect.isclass(kind) and set(_SHAPE) <= set(inspect.signature(kind).parameters)
+
+
 def _registered_attentions():
-    names = {*MODELS.module_dict, *(MODELS.parent.module_dict if MODELS.parent else {})}
-    return sorted(name for name in names if name.endswith('Attention'))
+    registered = {**(MODELS.parent.module_dict if MODELS.parent else {}), **MODELS.module_dict}
+    return sorted(name for name, kind in registered.items() if _takes_shape(kind))
 
 
 def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
@@ -184,8 +188,11 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
     kind = options.pop('type', 'SoftmaxFreeAttention')
     # What is no registered name may still be the path of a class, or of something else.
     cls = MODELS.get(kind) if isinstance(kind, str) and kind else kind
-    if not inspect.isclass(cls) or not set(_SHAPE) <= set(inspect.signature(cls).parameters):
-        raise ValueError(f'attention type {kind!r} is unknown; registered are {_registered_attentions()}')
+    if not _takes_shape(cls):
+        raise ValueError(
+            f'attention type {kind!r} is unknown or does not take {list(_SHAPE)}; choose one of '
+            f'{_registered_attentions()}'
+        )
     own = [name for name in inspect.signature(cls).parameters if name not in _SHAPE]
     unknown = sorted(set(options) - set(own))
     if unknown:

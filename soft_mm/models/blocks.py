@@ -1,9 +1,17 @@
 """Transformer blocks of SOFT."""
 
+import torch
 import torch.nn as nn
 from mmengine.model import BaseModule
+from torch.utils.checkpoint import checkpoint
+
+from soft_mm.ops.kernel import is_compiling
 
 from .attention import MultiheadAttention, build_attention
+
+# Entries of the hidden layer of an MLP at a time: on a CPU they should stay in the cache.
+_PART_ENTRIES = {'cpu': 2**20}
+_ACCELERATOR_ENTRIES = 2**26
 
 
 class DropPath(nn.Module):
@@ -30,6 +38,9 @@ class DropPath(nn.Module):
 class MLP(nn.Sequential):
     """Two linear layers with a GELU between, hidden width ``4 C``.
 
+    Tokens are taken a part at a time, so that what is four times as wide as they are stays small. In training the
+    output of the GELU is not held for the backward pass but computed again.
+
     Args:
         embed_dims (int): channels ``C``.
         approximate (str): of the GELU: ``'tanh'`` in stages 1 to 3, ``'none'`` in stage 4.
@@ -43,6 +54,24 @@ class MLP(nn.Sequential):
         self.add_module('drop1', nn.Dropout(drop_rate))
         self.add_module('fc2', nn.Linear(4 * embed_dims, embed_dims))
         self.add_module('drop2', nn.Dropout(drop_rate))
+
+    def forward(self, x):
+        """Tokens ``(B, n, C)`` in and out."""
+        # A compiler decides by itself what to compute when, and what again.
+        if is_compiling():
+            return self._behind_fc1(self.fc1(x))
+        recompute = self.training and torch.is_grad_enabled()
+        entries = _PART_ENTRIES.get(x.device.type, _ACCELERATOR_ENTRIES)
+        outputs = []
+        for part in x.flatten(0, -2).split(max(entries // (4 * x.shape[-1]), 1)):
+            hidden = self.fc1(part)
+            outputs.append(
+                checkpoint(self._behind_fc1, hidden, use_reentrant=False) if recompute else self._behind_fc1(hidden)
+            )
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(x.shape)
+
+    def _behind_fc1(self, hidden):
+        return self.drop2(self.fc2(self.drop1(self.act(hidden))))
 
 
 class SoftmaxFreeBlock(BaseModule):

@@ -9,6 +9,7 @@
       v  stage 4   one 3x3 convolution, stride 2           positions   class token, softmax blocks, LayerNorm  stride 32
 """
 
+import inspect
 import logging
 import os
 
@@ -22,6 +23,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from soft_mm.ops.kernel import is_compiling
 from soft_mm.registry import MODELS
 
 from .blocks import SoftmaxBlock, SoftmaxFreeBlock
@@ -30,8 +32,6 @@ NUM_STAGES = 4
 MIN_SIDE = 32
 STEM_DIMS = 32
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
-# Not there before PyTorch 2.3.
-_is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
 
 
 class PatchEmbed(nn.Sequential):
@@ -137,7 +137,7 @@ class SOFTStage(BaseModule):
         ``.data`` in between goes unseen until :meth:`train` or ``eval()`` is called, as the toolboxes' loops do.
         """
         pos_embed = self.pos_embed
-        traced = _is_compiling() or torch.jit.is_tracing()
+        traced = is_compiling() or torch.jit.is_tracing()
         if torch.is_grad_enabled() or traced or pos_embed.is_inference():
             return resize_pos_embed(pos_embed, grid).flatten(2).transpose(1, 2)
         key = grid, pos_embed.dtype, pos_embed.device, id(pos_embed), pos_embed._version
@@ -238,7 +238,11 @@ class SOFT(BaseModule):
         norm_eval=False,
         with_cp=False,
         init_cfg=None,
+        **unknown,
     ):
+        if unknown:
+            allowed = [name for name in inspect.signature(SOFT).parameters if name != 'unknown']
+            raise TypeError(f'SOFT has no keywords {sorted(unknown)}; allowed are {allowed}')
         super().__init__(init_cfg)
         self.arch = self._parse_arch(arch)
         attentions = self._parse_attention(attention)

@@ -4,6 +4,9 @@ import functools
 
 import torch
 
+# Not there before PyTorch 2.3.
+is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
+
 
 def compute_dtype(tensor):
     """The dtype in which distances may be taken: float32, or float64 for a float64 input.

@@ -1,5 +1,7 @@
 """The backbone's options, shapes, errors and loading."""
 
+import functools
+
 import pytest
 import torch
 from authors import REDUCED_ARCH, official_models
@@ -8,8 +10,8 @@ from mmengine.logging import MMLogger
 from mmengine.model import PretrainedInit
 
 from soft_mm import SOFT, SoftmaxFreeAttention
-from soft_mm.models import soft
-from soft_mm.models.blocks import DropPath
+from soft_mm.models import blocks, soft
+from soft_mm.models.blocks import MLP, DropPath
 from soft_mm.models.soft import PatchEmbed, resize_pos_embed
 from soft_mm.registry import MODELS
 
@@ -240,6 +242,39 @@ def test_with_cp_computes_the_same(attention):
         torch.testing.assert_close(one, other)
 
 
+def test_mlp_in_parts(monkeypatch):
+    mlp, x = MLP(8, 'tanh').double(), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setitem(blocks._PART_ENTRIES, 'cpu', 100)
+    wanted = torch.nn.Sequential.forward(mlp, x)
+    inputs = [x, *mlp.parameters()]
+    for training in (True, False):
+        found = mlp.train(training)(x)
+        torch.testing.assert_close(found, wanted)
+        grads = [torch.autograd.grad(out.square().sum(), inputs, retain_graph=True) for out in (found, wanted)]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize('drop_rate', [0.0, 0.3])
+def test_mlp_computes_its_gelu_again(drop_rate):
+    """The same outputs and gradients, with one tensor of the hidden width fewer held."""
+    mlp, x = MLP(8, 'tanh', drop_rate), torch.randn(2, 5, 8, requires_grad=True)
+    results, kept = [], []
+
+    def pack(tensor):
+        kept[-1] += tensor.numel() == 2 * 5 * 32
+        return tensor
+
+    for forward in (mlp.forward, functools.partial(torch.nn.Sequential.forward, mlp)):
+        torch.manual_seed(0)
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = forward(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *mlp.parameters()])])
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+    assert kept[0] < kept[1]
+
+
 def test_position_embeddings_are_resized_in_float32():
     embedding = torch.randn(1, 8, 7, 5).bfloat16()
     wanted = torch.nn.functional.interpolate(embedding.float(), (11, 4), mode='bilinear').bfloat16()
@@ -336,7 +371,7 @@ BAD_OPTIONS = [
     (
         dict(attention=dict(type='FlashAttention9')),
         ValueError,
-        r"'FlashAttention9' is unknown; registered are .*'SoftmaxFreeAttention'",
+        r"'FlashAttention9' is unknown or does not take .*; choose one of \['SoftmaxFreeAttention'\]",
     ),
     (
         dict(attention=dict(normalised=True)),
@@ -365,7 +400,7 @@ BAD_OPTIONS = [
     (dict(drop_path_rate=-0.1), ValueError, 'drop_path_rate=-0.1'),
     (dict(frozen_stages=5), ValueError, 'frozen_stages=5'),
     (dict(frozen_stages=3, out_indices=(0, 1)), ValueError, 'frozen_stages=3'),
-    (dict(pretrained='x.pth'), TypeError, 'pretrained'),
+    (dict(pretrained='x.pth'), TypeError, r"no keywords \['pretrained'\]; allowed are \['arch', 'attention'"),
 ]
 
 

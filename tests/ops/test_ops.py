@@ -255,7 +255,7 @@ def test_step_size_is_halved_ten_times_at_most():
 def test_an_image_does_not_depend_on_its_batch(solver, normalized):
     q, v, *conv = make_inputs((8, 6), 2, torch.float64)
     with torch.no_grad():
-        q[1] *= 0.05
+        q[1] = q[1, 0, 0]
     settings = ((8, 6), solver, 'exact', normalized)
     together = fast_attention(q, v, conv, *settings)
     alone = fast_attention(q[:1], v[:1], conv, *settings)

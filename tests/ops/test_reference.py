@@ -21,6 +21,8 @@ def test_reference_reproduces_authors_attention(kind, regime):
     kernel = reference.gaussian_kernel(landmarks, landmarks)
     out = reference.softmax_free_attention(q, landmarks, v, inverse, normalized)
     torch.testing.assert_close(kernel.float(), fixture['kernel'], rtol=0, atol=1e-5)
+    scale = fixture['inverse'].abs().max()
+    torch.testing.assert_close(inverse(kernel).float() / scale, fixture['inverse'] / scale, rtol=0, atol=1e-4)
     scale = fixture['out'].abs().max()
     torch.testing.assert_close(out.float() / scale, fixture['out_without_conv'] / scale, rtol=0, atol=1e-4)
     out = out + reference.local_branch(v, CORE['grid'], local)

@@ -1,0 +1,80 @@
+"""The backbone under ``torch.compile``: whole graphs, equal to eager, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+
+from soft_mm import SOFT
+from soft_mm.ops import blockwise
+
+ARCH = dict(embed_dims=(16, 16, 32, 32), num_heads=(2, 2, 2, 2), depths=(1, 1, 1, 1))
+ATTENTIONS = {
+    'default': dict(newton_iterations=3),
+    'normalized': dict(newton_iterations=3, normalized=True),
+    'bounded': dict(solver='cholesky', max_landmarks=3),
+    'bounded-normalized': dict(solver='cholesky', max_landmarks=3, normalized=True),
+}
+# The same graphs run with and without code being generated for them; to generate it takes long.
+TRAININGS = dict.fromkeys(ATTENTIONS, 'aot_eager') | {'bounded-normalized': 'inductor'}
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    """Few tokens at a time, so that small images need several blocks; nothing compiled for the next test."""
+    monkeypatch.setitem(blockwise._BLOCK_ENTRIES, 'cpu', 200)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def relative_error(found, wanted):
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS.values(), ids=ATTENTIONS)
+def test_compiled_evaluation_equals_eager(attention):
+    torch.manual_seed(0)
+    backbone = SOFT(ARCH, attention=attention).eval()
+    image = torch.rand(1, 3, 68, 100)
+    with torch.no_grad():
+        wanted = backbone(image)
+        found = torch.compile(backbone, fullgraph=True, dynamic=False)(image)
+    assert all(relative_error(*pair) < 1e-4 for pair in zip(found, wanted))
+
+
+@pytest.mark.parametrize(('attention', 'backend'), TRAININGS.items())
+def test_compiled_training_equals_eager(attention, backend):
+    torch.manual_seed(0)
+    backbone = SOFT(ARCH, attention=ATTENTIONS[attention])
+    other = copy.deepcopy(backbone)
+    image = torch.rand(2, 3, 68, 100)
+    outputs = []
+    for model in (backbone, torch.compile(other, fullgraph=True, dynamic=False, backend=backend)):
+        maps = model(image)
+        sum((x * torch.linspace(-1, 1, x.numel()).view_as(x).sin()).sum() for x in maps).backward()
+        outputs.append(maps)
+    assert all(relative_error(*pair) < 1e-4 for pair in zip(*outputs))
+    largest = max(parameter.grad.abs().max() for parameter in backbone.parameters() if parameter.grad is not None)
+    for (name, mine), theirs in zip(other.named_parameters(), backbone.parameters()):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if mine.grad is not None:
+            # A convolution's bias before BatchNorm has no gradient but rounding errors.
+            scale = theirs.grad.abs().max().clamp(min=1e-3 * largest)
+            assert (mine.grad - theirs.grad).abs().max() < 2e-3 * scale, name
+
+
+@pytest.mark.parametrize('inverted', [False, True])
+def test_operators_describe_themselves(inverted):
+    """What a compiler is told of the operators, shapes and strides, is what they return."""
+    if not hasattr(torch.library, 'custom_op'):
+        pytest.skip('PyTorch before 2.4 compiles the loops themselves')
+    q, v, grad = (torch.randn(2, 11, 3, 4).transpose(1, 2) for _ in range(3))
+    landmarks, matrix = torch.randn(2, 3, 5, 4), torch.eye(5).repeat(2, 3, 1, 1)
+    args = (q, landmarks, v, torch.linalg.cholesky(matrix), inverted, 0.5)
+    checks = ('test_schema', 'test_faketensor')
+    operators = torch.ops.soft_mm
+    torch.library.opcheck(operators.blockwise_forward, args, test_utils=checks)
+    _, gathered, weights = operators.blockwise_forward(*args)
+    args = (grad, *args[:4], gathered, weights, *args[4:])
+    torch.library.opcheck(operators.blockwise_backward, args, test_utils=checks)
