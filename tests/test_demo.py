@@ -61,7 +61,7 @@ def training(monkeypatch, tmp_path):
     """The demo with its trainings, data and prediction pictures replaced; what is tested is the rest."""
     fake = FakeTraining()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo.subprocess, 'run', fake)
+    monkeypatch.setattr(subprocess, 'run', fake)
 
     def export(out, **kwargs):
         out.mkdir(parents=True, exist_ok=True)
@@ -126,6 +126,17 @@ def test_finished_training_without_its_checkpoint_is_done_again(training, tmp_pa
     (tmp_path / 'demo/classification/iter_1.pth').unlink()
     demo.run_demo('demo')
     assert training.trained[3] == 'classification'
+
+
+def test_checkpoint_of_an_unknown_run_is_not_resumed(training, tmp_path):
+    folder = tmp_path / 'demo' / 'classification'
+    folder.mkdir(parents=True)
+    (folder / 'iter_1.pth').write_bytes(b'of another run')
+    (folder / 'last_checkpoint').write_text('iter_1.pth')
+    demo.run_demo('demo')
+    assert '--resume' not in training.commands[0]
+    (aside,) = (tmp_path / 'demo').glob('classification.*-*')
+    assert (aside / 'iter_1.pth').read_bytes() == b'of another run'
 
 
 def test_configs_name_the_checkpoint_that_the_demo_leaves():

@@ -9,6 +9,7 @@ grid of stage 1, a quarter of either side.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -57,7 +58,8 @@ def main():
     parser = build_parser()
     args = vars(parser.parse_args())
     files = {kind: args.pop(kind) for kind in ('json', 'csv', 'png')}
-    console = Console()
+    # Not a terminal, it would be taken for a narrow one, and the table be cut.
+    console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         contenders = [parse_contender(text) for text in args.pop('contenders')]
         sizes, peer = args.pop('sizes'), args.pop('peer')

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from soft_mm.ops import reference
+
 # A token of stage 1 stands for 4x4 pixels, as in every backbone here but DeiT.
 STRIDE = 4
 
@@ -26,7 +28,8 @@ BACKBONES = {
     'twins-svt-small': dict(type='mmpretrain.SVT', arch='small', out_indices=(0, 1, 2, 3)),
     'deit-tiny': dict(type='mmpretrain.VisionTransformer', arch='deit-tiny', out_type='featmap'),
 }
-#: Operators by short name: the options of ``SoftmaxFreeAttention``, or the softmax attention of PyTorch.
+#: Operators by short name: the options of ``SoftmaxFreeAttention``; without any, the authors' plain form by the
+#: formulae of :mod:`soft_mm.ops.reference`, and the softmax attention of PyTorch.
 OPERATORS = {
     'attn-soft': dict(solver='cholesky', max_landmarks=49),
     'attn-soft-norm': dict(solver='cholesky', max_landmarks=49, normalized=True),
@@ -35,6 +38,7 @@ OPERATORS = {
     'attn-soft-unbounded': dict(solver='cholesky'),
     'attn-soft-authors': dict(),
     'attn-soft-authors-norm': dict(normalized=True),
+    'attn-soft-reference': None,
     'attn-softmax-fused': None,
     'attn-softmax-plain': None,
 }
@@ -175,7 +179,14 @@ def _build_operator(contender, size, batch_size, device, heads, head_dims, train
     except TypeError as error:
         raise ValueError(f'{contender.name!r}: {error}') from None
     module = SoftmaxFreeAttention(heads * head_dims, heads, **options).to(device)
-    return lambda q, v: module.attend(q, v, grid), (q, v), tuple(module.parameters())
+    attend = _reference_attention if contender.name == 'attn-soft-reference' else SoftmaxFreeAttention.attend
+    return lambda q, v: attend(module, q, v, grid), (q, v), tuple(module.parameters())
+
+
+def _reference_attention(module, q, v, grid):
+    norm, q = module.landmark_norm, q * module.head_dims**-0.25
+    landmarks = reference.conv_landmarks(q, grid, module.landmark.weight, norm.weight, norm.bias, norm.eps)
+    return reference.softmax_free_attention(q, landmarks, v, reference.newton_inverse)
 
 
 def _plain_softmax_attention(q, k, v):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 import cv2
@@ -97,7 +98,11 @@ def _make_manifest(generators):
         complete=False,
         options=options,
         classes=CLASSES,
-        versions=dict(numpy=np.__version__, opencv=cv2.__version__),
+        versions=dict(
+            numpy=np.__version__,
+            opencv=cv2.__version__,
+            **{name: version(name) for name in ('scikit-image', 'scikit-learn')},
+        ),
         digits='Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine '
         'Learning Repository, as in scikit-learn',
         photographs=[

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from soft_mm.analysis import sweep
+from soft_mm.analysis import contenders, sweep
 from soft_mm.analysis.contenders import BACKBONES, build_step, parse_contender
 from soft_mm.analysis.sweep import SweepOptions, growth_exponents, run_sweep
 
@@ -56,6 +56,16 @@ def test_unknown_contenders_are_named(text, message):
 def test_contenders_that_cannot_be_built_are_named(text, message):
     with pytest.raises(ValueError, match=message):
         build_step(parse_contender(text), (64, 64), 1, False, 'cpu')
+
+
+def test_plain_formulae_compute_what_the_operator_computes():
+    outputs = []
+    for name in ('attn-soft-authors', 'attn-soft-reference'):
+        torch.manual_seed(0)
+        function, inputs, _ = contenders._build_operator(parse_contender(name), (96, 80), 1, 'cpu', 2, 8, False)
+        with torch.no_grad():
+            outputs.append(function(*inputs))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-3 * outputs[0].abs().max().item())
 
 
 @pytest.mark.parametrize('train', [False, True])
