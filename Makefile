@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 pytho
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
-env: ## make .venv/ (about 15 minutes the first time, nothing after that)
+env: ## make .venv/ (10 to 15 minutes the first time, nothing after that)
 	@test -n '$(PYTHON)' || { echo 'no Python 3.10, 3.11 or 3.12 was found: apt install python3 python3-venv' \
 	'python3-dev, or name one with `make PYTHON=/path/to/python3 ...`.' >&2; exit 1; }
 	@'$(PYTHON)' tools/setup_env.py
