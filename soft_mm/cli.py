@@ -1,7 +1,9 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: arguments, and the runner of a config of any toolbox."""
+"""What command-line tools share: arguments and the runner of a config of any toolbox, and how long jobs end."""
 
 import argparse
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
@@ -42,3 +44,14 @@ def build_runner(args, **settings):
     for key, value in settings.items():
         cfg[key] = value
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+@contextlib.contextmanager
+def resumable_job():
+    """End the program with one sentence where its job fails or is interrupted, and not with a traceback."""
+    try:
+        yield
+    except (RuntimeError, ImportError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit('interrupted; the same command goes on from the newest checkpoint')

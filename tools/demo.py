@@ -1,8 +1,8 @@
 """The main job: classifier, detector and segmentor on photo-digits, with figures and pictures."""
 
 import argparse
-import sys
 
+from soft_mm.cli import resumable_job
 from soft_mm.demo import run_demo
 
 
@@ -14,12 +14,8 @@ def main():
         help='detector and segmentor from random initialisation, in work_dirs/demo-scratch',
     )
     args = parser.parse_args()
-    try:
+    with resumable_job():
         run_demo('work_dirs/demo-scratch' if args.from_scratch else 'work_dirs/demo', args.from_scratch)
-    except (RuntimeError, ImportError, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit('interrupted; the same command goes on from the newest checkpoint')
 
 
 if __name__ == '__main__':
