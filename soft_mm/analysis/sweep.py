@@ -67,8 +67,8 @@ def check_device(name):
 def run_sweep(contenders, sizes, options, peer=None, console=None):
     """Measure every contender at every size, each measurement in a process of its own.
 
-    A point that fails, runs out of memory or of time is a row that says so; larger sizes of that contender are not
-    tried. Where only the peer fails, the row has no ratio.
+    A point that fails, runs out of memory or of time is a row that says so; after the latter two, larger sizes of that
+    contender are not tried. Where only the peer fails, the row has no ratio.
 
     Args:
         contenders (list[Contender]): what to measure.
@@ -98,7 +98,8 @@ def run_sweep(contenders, sizes, options, peer=None, console=None):
                 progress.update(task, description=escape(f'{contender.name} {size[0]}x{size[1]}'))
                 row = dict(name=contender.name, size=list(size), tokens=_tokens(size))
                 row |= dict(status='not tried') if given_up else _measure_point(contender, size, options, peer)
-                given_up = row['status'] != 'ok'
+                # An error may be that of a size too small.
+                given_up = row['status'] not in ('ok', 'error')
                 rows.append(row)
                 progress.advance(task)
     return rows

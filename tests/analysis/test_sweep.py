@@ -120,6 +120,8 @@ def test_what_fails_is_a_row_and_the_sweep_goes_on():
     assert [row['status'] for row in slow] == ['over the time limit']
     wrong = run_sweep([parse_contender('mmdet.ResNext')], [(64, 64)], QUICK)
     assert wrong[0]['status'] == 'error' and 'mmdet.ResNext is not in the registry' in wrong[0]['message']
+    small = run_sweep([parse_contender('soft-tiny')], [(16, 16), (64, 64)], QUICK)
+    assert [row['status'] for row in small] == ['error', 'ok']
 
 
 def test_growth_exponents():
@@ -162,6 +164,12 @@ def test_tool_writes_its_files(tmp_path, environment):
     assert [(row['height'], row['width']) for row in rows] == [('64', '64'), ('64', '128')] * 2
     assert all(float(row['ratio_low']) <= float(row['ratio']) <= float(row['ratio_high']) for row in rows)
     assert files['png'].read_bytes().startswith(b'\x89PNG')
+
+
+def test_tool_that_measures_nothing_fails(environment):
+    command = [sys.executable, str(ROOT / 'tools/benchmark_tokens.py'), 'soft-tiny', '--sizes', '16']
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and 'growth exponents' in done.stdout
 
 
 @pytest.mark.parametrize(
