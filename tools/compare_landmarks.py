@@ -1,4 +1,4 @@
-"""Train the demo's detector and segmentor on at 512x512 with bounded and unbounded landmarks, and compare them.
+"""Train the demo's detector and segmentor on at 480x480 with bounded and unbounded landmarks, and compare them.
 
 Sixteen trainings, which take hours on a CPU; what was interrupted is resumed.
 """

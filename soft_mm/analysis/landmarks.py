@@ -1,4 +1,4 @@
-"""What bounding the landmarks does to accuracy: the demo's detector and segmentor, trained on at 512x512."""
+"""What bounding the landmarks does to accuracy: the demo's detector and segmentor, trained on at 480x480."""
 
 import dataclasses
 import itertools
@@ -14,14 +14,14 @@ from soft_mm.demo import DETECTION, SEGMENTATION
 from .logs import last_checkpoint
 from .training import train_task, write_text
 
-DATA = Path('data/photo_digits_512')
-SIZE, ITERATIONS, WARM_UP = 512, 100, 10
+DATA = Path('data/photo_digits_480')
+SIZE, ITERATIONS, WARM_UP = 480, 60, 6
 # Digits of the size that the demo trains with, in larger scenes: what differs is the number of tokens.
 SCENES = dict(size=SIZE, num_digits=(6, 16))
 SOLVERS = ('cholesky', 'newton')
-#: Bounds on the landmarks. Unbounded, every stage has 256 of them at this size.
+#: Bounds on the landmarks. Unbounded, every stage has 225 of them at this size.
 BOUNDS = (None, 196, 49, 16)
-NUM_SCENES = 60
+NUM_SCENES = 40
 
 
 def compare_landmarks(demo_dir='work_dirs/demo', work_dir='work_dirs/landmarks', console=None):
