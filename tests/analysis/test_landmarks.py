@@ -61,8 +61,8 @@ def test_every_solver_and_bound_is_trained_from_the_demo(commands, tmp_path):
         assert cfg.train_dataloader.dataset.generator.size == landmarks.SIZE
         assert cfg.train_dataloader.dataset.generator.num_digits == landmarks.SCENES['num_digits']
         for loader in (cfg.val_dataloader, cfg.test_dataloader):
-            assert loader.dataset.pipeline[1] == dict(type='Resize', scale=(512, 512))
-            assert loader.dataset.data_root == 'data/photo_digits_512/'
+            assert loader.dataset.pipeline[1] == dict(type='Resize', scale=(480, 480))
+            assert loader.dataset.data_root == 'data/photo_digits_480/'
         assert max(scheduler.end for scheduler in cfg.param_scheduler) == cfg.train_cfg.max_iters
 
 
