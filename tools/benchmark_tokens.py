@@ -1,11 +1,12 @@
 """Sweep the input size of attention operators and backbones: time, peak memory, multiply-adds and their growth.
 
 A contender is one of the short names below, a registered backbone with its scope and options (mmdet.ResNet:depth=50),
-or a config file, whose backbone is taken; options after a colon override, as in
-soft-tiny:arch=small,attention.max_landmarks=196. soft-tiny is SOFT-Tiny with the attention of the dense configs, direct
-solve and at most 49 landmarks; soft-tiny-authors has the authors'. Sizes are those of the image in pixels, and one number
-is the side of a square; an operator alone works on the grid of stage 1, a quarter of either side. The exit code is 1
-where no point could be measured.
+or a config file, whose backbone is taken; options after a colon override, as in soft-
+tiny:arch=small,attention.max_landmarks=196. soft-tiny is SOFT-Tiny with the attention of the dense configs, direct
+solve and at most 49 landmarks; soft-tiny-authors has the authors'. Sizes are those of the image in pixels, and one
+number is the side of a square; an operator alone works on the grid of stage 1, a quarter of either side. A variant
+after an @, as in soft-tiny@composed-autograd, is SOFT the way that its engine does not take. The exit code is 1 where
+no point could be measured.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from soft_mm.analysis.contenders import BACKBONES, OPERATORS, parse_contender
 from soft_mm.analysis.sweep import SweepOptions, draw_report, print_report, run_sweep, sweep_report, write_csv
+from soft_mm.analysis.variants import VARIANTS
 
 
 def size(text):
@@ -31,7 +33,10 @@ def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f'operators: {", ".join(OPERATORS)}\nbackbones: {", ".join(BACKBONES)}',
+        epilog='\n'.join(
+            f'{kind}: {", ".join(names)}'
+            for kind, names in dict(operators=OPERATORS, backbones=BACKBONES, variants=VARIANTS).items()
+        ),
     )
     parser.add_argument('contenders', nargs='+', help='what to measure')
     parser.add_argument('--sizes', type=size, nargs='+', required=True, metavar='HxW', help='sizes in pixels')

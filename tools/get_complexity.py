@@ -1,6 +1,7 @@
 """Print parameters and multiply-adds of the model of a config, in whole and by stage."""
 
 import argparse
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,8 @@ def main():
     table = Table('part', 'parameters', 'multiply-adds', title=f'{args.config} at {args.shape[0]}x{args.shape[1]}')
     for part in parts:
         table.add_row(part.name or 'whole', f'{part.parameters / 1e6:.2f} M', f'{part.multiply_adds / 1e9:.3f} G')
-    Console().print(table)
+    # Not a terminal, it would be taken for a narrow one, and the table be cut.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 if __name__ == '__main__':

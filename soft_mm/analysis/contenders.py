@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,13 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from soft_mm.models import SoftmaxFreeAttention
 from soft_mm.ops import reference
 
+from .variants import VARIANTS, apply_variant
+
+# An operator alone is that of stage 1.
+_SHAPE = dict(ratio=8, conv_size=9)
 # A token of stage 1 stands for 4x4 pixels, as in every backbone here but DeiT.
 STRIDE = 4
 
@@ -52,11 +56,13 @@ class Contender:
         name: as the user gave it.
         kind: ``'operator'`` or ``'backbone'``.
         config: options of the operator, or config of the backbone.
+        variant: a key of :data:`~soft_mm.analysis.variants.VARIANTS`, or None.
     """
 
     name: str
     kind: str
     config: dict
+    variant: str | None = None
 
 
 def parse_contender(text):
@@ -65,7 +71,8 @@ def parse_contender(text):
     Args:
         text (str): a key of :data:`BACKBONES` or :data:`OPERATORS`, the registered name of a backbone with its scope
             (``mmdet.ResNet``), or a config file, whose backbone is taken. After a colon may follow options that
-            override, ``key=value`` separated by commas, as in ``soft-tiny:arch=small,attention.max_landmarks=196``.
+            override, ``key=value`` separated by commas, as in ``soft-tiny:arch=small,attention.max_landmarks=196``,
+            and at the end, after an ``@``, the name of one of :data:`~soft_mm.analysis.variants.VARIANTS`.
 
     Returns:
         Contender: the contender.
@@ -73,13 +80,20 @@ def parse_contender(text):
     Raises:
         ValueError: for a name that is none of these, or options that cannot be read.
     """
-    base, _, rest = text.partition(':')
+    what, _, variant = text.partition('@')
+    variant = variant or None
+    if variant and variant not in VARIANTS:
+        raise ValueError(f'{text!r}: variant {variant!r} is unknown; choose one of {list(VARIANTS)}')
+    base, _, rest = what.partition(':')
     options = _parse_options(rest, text)
     if base in OPERATORS:
         given = OPERATORS[base]
         if given is None and options:
             raise ValueError(f'{text!r}: {base} takes no options')
-        return Contender(text, 'operator', dict(given or {}, **options))
+        contender = Contender(text, 'operator', dict(given or {}, **options), variant)
+        if given is not None:
+            _check_operator(contender)
+        return contender
     if base in BACKBONES:
         config = Config(BACKBONES[base])
     elif base.endswith('.py') and Path(base).is_file():
@@ -99,7 +113,15 @@ def parse_contender(text):
             'registered backbone with its scope, such as mmdet.ResNet:depth=50, or a config file'
         )
     config.merge_from_dict(options)
-    return Contender(text, 'backbone', config.to_dict())
+    return Contender(text, 'backbone', config.to_dict(), variant)
+
+
+def _check_operator(contender):
+    try:
+        with torch.device('meta'):
+            SoftmaxFreeAttention(1, 1, **_SHAPE, **contender.config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{contender.name!r}: {error}') from None
 
 
 def _parse_options(text, whole):
@@ -138,7 +160,7 @@ def build_step(contender, size, batch_size, train, device, heads=2, head_dims=32
         Callable[[], None]: one step.
 
     Raises:
-        ValueError: if the backbone is not registered, or the operator takes other options.
+        ValueError: if the backbone is not registered.
     """
     build = _build_operator if contender.kind == 'operator' else _build_backbone
     with torch.random.fork_rng([]):
@@ -146,6 +168,10 @@ def build_step(contender, size, batch_size, train, device, heads=2, head_dims=32
         function, inputs, parameters = build(contender, size, batch_size, device, heads, head_dims, train)
 
     def step():
+        with apply_variant(contender.variant):
+            run()
+
+    def run():
         if not train:
             with torch.no_grad():
                 function(*inputs)
@@ -171,14 +197,7 @@ def _build_operator(contender, size, batch_size, device, heads, head_dims, train
         return F.scaled_dot_product_attention, (q, k, v), ()
     if contender.name == 'attn-softmax-plain':
         return _plain_softmax_attention, (q, k, v), ()
-    from soft_mm.models import SoftmaxFreeAttention
-
-    options = dict(dict(ratio=8, conv_size=9), **contender.config)
-    try:
-        inspect.signature(SoftmaxFreeAttention).bind(embed_dims=1, num_heads=1, **options)
-    except TypeError as error:
-        raise ValueError(f'{contender.name!r}: {error}') from None
-    module = SoftmaxFreeAttention(heads * head_dims, heads, **options).to(device)
+    module = SoftmaxFreeAttention(heads * head_dims, heads, **_SHAPE, **contender.config).to(device)
     attend = _reference_attention if contender.name == 'attn-soft-reference' else SoftmaxFreeAttention.attend
     return lambda q, v: attend(module, q, v, grid), (q, v), tuple(module.parameters())
 

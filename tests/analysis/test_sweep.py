@@ -38,6 +38,9 @@ def test_contenders_are_read():
         ('nowhere.py', "'nowhere.py' is unknown"),
         ('soft-tiny:arch', "option 'arch' must have the form key=value"),
         ('attn-softmax-fused:heads=3', 'takes no options'),
+        ('attn-soft:landmarks=3', "'attn-soft:landmarks=3': .*unexpected keyword argument 'landmarks'"),
+        ('attn-soft:solver=qr', "'attn-soft:solver=qr': solver='qr' is unknown"),
+        ('attn-soft@faster', "variant 'faster' is unknown; choose one of .*held-kernel"),
     ],
 )
 def test_unknown_contenders_are_named(text, message):
@@ -48,7 +51,6 @@ def test_unknown_contenders_are_named(text, message):
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ('attn-soft:landmarks=3', "'attn-soft:landmarks=3': got an unexpected keyword argument 'landmarks'"),
         ('mmdet.ResNext', 'mmdet.ResNext is not in the registry of mmdet'),
         ('nowhere.ResNet', 'needs nowhere, which is not installed'),
     ],
