@@ -54,12 +54,14 @@ class Contender:
 
     Attributes:
         name: as the user gave it.
+        base: what stands in the name before the options.
         kind: ``'operator'`` or ``'backbone'``.
         config: options of the operator, or config of the backbone.
         variant: a key of :data:`~soft_mm.analysis.variants.VARIANTS`, or None.
     """
 
     name: str
+    base: str
     kind: str
     config: dict
     variant: str | None = None
@@ -90,9 +92,11 @@ def parse_contender(text):
         given = OPERATORS[base]
         if given is None and options:
             raise ValueError(f'{text!r}: {base} takes no options')
-        contender = Contender(text, 'operator', dict(given or {}, **options), variant)
+        contender = Contender(text, base, 'operator', dict(given or {}, **options), variant)
         if given is not None:
             _check_operator(contender)
+        elif variant:
+            raise ValueError(f'{text!r}: {base} has no variants, only the operators of SOFT have')
         return contender
     if base in BACKBONES:
         config = Config(BACKBONES[base])
@@ -113,7 +117,9 @@ def parse_contender(text):
             'registered backbone with its scope, such as mmdet.ResNet:depth=50, or a config file'
         )
     config.merge_from_dict(options)
-    return Contender(text, 'backbone', config.to_dict(), variant)
+    if variant and config.type != 'soft_mm.SOFT':
+        raise ValueError(f'{text!r}: {config.type} has no variants, only soft_mm.SOFT has')
+    return Contender(text, base, 'backbone', config.to_dict(), variant)
 
 
 def _check_operator(contender):
@@ -193,12 +199,12 @@ def _build_operator(contender, size, batch_size, device, heads, head_dims, train
     if train:
         for tensor in (q, k, v):
             tensor.requires_grad_()
-    if contender.name == 'attn-softmax-fused':
+    if contender.base == 'attn-softmax-fused':
         return F.scaled_dot_product_attention, (q, k, v), ()
-    if contender.name == 'attn-softmax-plain':
+    if contender.base == 'attn-softmax-plain':
         return _plain_softmax_attention, (q, k, v), ()
     module = SoftmaxFreeAttention(heads * head_dims, heads, **_SHAPE, **contender.config).to(device)
-    attend = _reference_attention if contender.name == 'attn-soft-reference' else SoftmaxFreeAttention.attend
+    attend = _reference_attention if contender.base == 'attn-soft-reference' else SoftmaxFreeAttention.attend
     return lambda q, v: attend(module, q, v, grid), (q, v), tuple(module.parameters())
 
 

@@ -28,14 +28,14 @@ def measure(request):
 
     Args:
         request (dict): ``what`` (``'time'`` or ``'memory'``), ``contender`` and, for time,
-            ``peer`` (``name``, ``kind``, ``config``, or None), ``size``, ``batch_size``, ``train``, ``device``,
+            ``peer`` (fields of a :class:`Contender`, or None), ``size``, ``batch_size``, ``train``, ``device``,
             ``heads``, ``head_dims``, ``repeats``, ``seconds`` (the repeats end after so many, three at least) and
             ``max_bytes`` (a bound on the memory of a process on the CPU, or None).
 
     Returns:
         dict: ``seconds`` and, with a peer, ``peer_seconds``, one entry a repeat, taken in turns; or ``bytes``, the
             highest use during a step beyond what was held before it. With the times come the ``multiply_adds`` of a
-            forward.
+            forward, or None where they cannot be counted.
     """
     contenders = [Contender(**spec) for spec in (request['contender'], request.get('peer')) if spec]
     settings = {key: request[key] for key in ('batch_size', 'train', 'device', 'heads', 'head_dims')}
@@ -52,8 +52,12 @@ def measure(request):
     times = _times(steps, request['repeats'], request['seconds'], device)
     del steps
     forward = build_step(contenders[0], tuple(request['size']), **dict(settings, train=False, device='cpu'))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return dict(times, multiply_adds=count_multiply_adds(forward))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return dict(times, multiply_adds=count_multiply_adds(forward))
+    except (RuntimeError, NotImplementedError):
+        # An operator of a library that computes on real tensors only.
+        return dict(times, multiply_adds=None)
 
 
 def _synchronize(device):

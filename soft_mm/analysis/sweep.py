@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class SweepOptions:
         device: ``'cpu'``, ``'cuda'`` or ``'cuda:i'``.
         repeats: measurements of time at a point.
         seconds: the repeats at a point end after so many seconds; three are always made.
-        time_limit: seconds after which a measurement is given up.
+        time_limit: seconds after which a point is given up.
         max_memory: GiB that a measurement on the CPU may use, or None for three quarters of what is available.
         memory: whether peak memory is measured.
         heads: of an operator.
@@ -81,7 +82,7 @@ def run_sweep(contenders, sizes, options, peer=None, console=None):
         list[dict]: one row a contender and size: ``name``, ``size``, ``tokens`` (of stage 1), ``status`` (``'ok'``,
             ``'out of memory'``, ``'over the time limit'``, ``'not tried'`` or ``'error'`` with its ``message``), and
             where known ``seconds`` and ``ratio`` (``median``, ``low`` and ``high`` quartiles each), ``bytes``,
-            ``multiply_adds``, ``images_per_second``, ``tokens_per_second``.
+            ``memory_ratio``, ``multiply_adds``, ``images_per_second``, ``tokens_per_second``.
 
     Raises:
         ValueError: for a device that does not exist.
@@ -110,15 +111,19 @@ def _tokens(size):
 
 
 def _measure_point(contender, size, options, peer):
-    request = asdict(options) | dict(contender=asdict(contender), peer=None, size=size)
+    request = asdict(options) | dict(size=size)
     request['max_bytes'] = int((options.max_memory or _available_gib() * 0.75) * 2**30)
-    row = {}
+    row, deadline = {}, time.monotonic() + options.time_limit
+
+    def ask(what, peer=None, contender=contender):
+        return _ask(dict(request, what=what, contender=asdict(contender), peer=peer and asdict(peer)), deadline)
+
     for what in ['time'] + ['memory'] * options.memory:
-        compared = peer if what == 'time' and peer != contender else None
-        answer = _ask(dict(request, what=what, peer=compared and asdict(compared)), options.time_limit)
-        if compared and answer['status'] != 'ok':
+        compared = peer if peer != contender else None
+        answer = ask(what, compared if what == 'time' else None)
+        if compared and what == 'time' and answer['status'] != 'ok':
             # It may be the peer that failed.
-            answer = _ask(dict(request, what=what), options.time_limit)
+            answer = ask(what)
         if answer['status'] != 'ok':
             return row | answer
         row |= answer
@@ -129,10 +134,14 @@ def _measure_point(contender, size, options, peer):
             row['tokens_per_second'] = row['images_per_second'] * _tokens(size)
             if peer_seconds:
                 row['ratio'] = summarise([mine / theirs for mine, theirs in zip(seconds, peer_seconds)])
+        elif compared:
+            other = ask(what, contender=compared)
+            if other['status'] == 'ok' and other['bytes']:
+                row['memory_ratio'] = row['bytes'] / other['bytes']
     return row
 
 
-def _ask(request, time_limit):
+def _ask(request, deadline):
     """Send a request to a process of its own."""
     try:
         done = subprocess.run(
@@ -140,7 +149,7 @@ def _ask(request, time_limit):
             input=json.dumps(request),
             capture_output=True,
             text=True,
-            timeout=time_limit,
+            timeout=max(deadline - time.monotonic(), 0),
         )
     except subprocess.TimeoutExpired:
         return dict(status='over the time limit')
@@ -159,20 +168,22 @@ def _available_gib():
 
 
 def growth_exponents(rows):
-    """Least-squares slopes of log time and log memory against log tokens.
+    """Least-squares slopes of log time, log memory and log multiply-adds against log tokens.
 
     Args:
         rows (list[dict]): of :func:`run_sweep`.
 
     Returns:
-        dict[str, dict]: per contender ``seconds`` and ``bytes``, each a slope, or None for fewer than two points.
+        dict[str, dict]: per contender ``seconds``, ``bytes`` and ``multiply_adds``, each a slope, or None for fewer
+            than two points.
     """
     result = {}
     for name in dict.fromkeys(row['name'] for row in rows):
         mine = [row for row in rows if row['name'] == name and row['status'] == 'ok']
         times = [(row['tokens'], row['seconds']['median']) for row in mine]
         sizes = [(row['tokens'], row['bytes']) for row in mine if row.get('bytes')]
-        result[name] = dict(seconds=_slope(times), bytes=_slope(sizes))
+        counts = [(row['tokens'], row['multiply_adds']) for row in mine if row.get('multiply_adds')]
+        result[name] = dict(seconds=_slope(times), bytes=_slope(sizes), multiply_adds=_slope(counts))
     return result
 
 
@@ -199,22 +210,26 @@ def print_report(report, console):
     """Print the rows and the growth exponents as tables."""
     mode = 'forward and backward' if report['options']['train'] else 'forward'
     table = Table(title=f'{mode}, batch {report["options"]["batch_size"]}, {report["options"]["device"]}')
-    for header in ('', 'pixels', 'tokens', 'ms', 'quartiles', 'MiB', 'G multiply-adds', 'images/s', 'time ratio'):
+    for header in ('', 'pixels', 'tokens', 'ms', 'quartiles', 'MiB', 'G multiply-adds', 'time ratio', 'memory ratio'):
         table.add_column(header, justify='left' if header in ('', 'pixels') else 'right')
     for row in report['rows']:
         cells = [escape(row['name']), '{}x{}'.format(*row['size']), str(row['tokens'])]
+        if 'seconds' in row:
+            seconds = row['seconds']
+            cells += [f'{1e3 * seconds["median"]:.1f}', f'{1e3 * seconds["low"]:.1f}-{1e3 * seconds["high"]:.1f}']
         if row['status'] != 'ok':
             table.add_row(*cells, escape(row.get('message', row['status'])))
             continue
-        seconds = row['seconds']
-        cells += [f'{1e3 * seconds["median"]:.1f}', f'{1e3 * seconds["low"]:.1f}-{1e3 * seconds["high"]:.1f}']
-        cells += [f'{row["bytes"] / 2**20:.0f}' if 'bytes' in row else '', f'{row["multiply_adds"] / 1e9:.2f}']
-        cells += [f'{row["images_per_second"]:.2f}', f'{row["ratio"]["median"]:.4g}' if 'ratio' in row else '']
+        cells += [f'{row["bytes"] / 2**20:.0f}' if 'bytes' in row else '']
+        cells += [f'{row["multiply_adds"] / 1e9:.2f}' if row['multiply_adds'] else '']
+        ratio = row.get('ratio')
+        cells += ['{median:.4g} ({low:.4g}-{high:.4g})'.format(**ratio) if ratio else '']
+        cells += [f'{row["memory_ratio"]:.3f}' if 'memory_ratio' in row else '']
         table.add_row(*cells)
     console.print(table)
     if report['peer']:
-        console.print(f'time ratio: to {report["peer"]}, measured in turns with it')
-    table = Table('', 'time', 'memory', title='growth exponents against tokens')
+        console.print(f'ratios: to {report["peer"]}, the time measured in turns with it')
+    table = Table('', 'time', 'memory', 'multiply-adds', title='growth exponents against tokens')
     for name, slopes in report['exponents'].items():
         table.add_row(escape(name), *('' if slope is None else f'{slope:.3f}' for slope in slopes.values()))
     console.print(table)
@@ -223,7 +238,16 @@ def print_report(report, console):
 def write_csv(report, path):
     """Write the rows of a report as a CSV file."""
     keys = ['name', 'height', 'width', 'tokens', 'status', 'seconds', 'seconds_low', 'seconds_high', 'bytes']
-    keys += ['multiply_adds', 'images_per_second', 'tokens_per_second', 'ratio', 'ratio_low', 'ratio_high', 'message']
+    keys += [
+        'multiply_adds',
+        'images_per_second',
+        'tokens_per_second',
+        'ratio',
+        'ratio_low',
+        'ratio_high',
+        'memory_ratio',
+    ]
+    keys += ['message']
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, keys)
         writer.writeheader()

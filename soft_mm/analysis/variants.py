@@ -9,11 +9,16 @@ from torch.utils.checkpoint import checkpoint
 
 from soft_mm import ops
 from soft_mm.models.attention import SoftmaxFreeAttention
+from soft_mm.models.blocks import MLP
 from soft_mm.models.soft import PatchEmbed, SOFTStage, resize_pos_embed
 from soft_mm.ops.blockwise import _blocks
 from soft_mm.ops.kernel import compute_dtype, gaussian_kernel
 
 _embed_patches = PatchEmbed.forward
+
+
+def _mlp_at_once(self, x):
+    return self._behind_fc1(self.fc1(x))
 
 
 def _solve(matrix, right, inverted):
@@ -73,6 +78,7 @@ VARIANTS = {
     'composed-autograd': lambda: patch('soft_mm.ops.attention.blockwise_attention', _composed_attention),
     'held-kernel': lambda: patch('soft_mm.ops.attention.blockwise_attention', _held_attention),
     'local-over-heads': lambda: patch('soft_mm.ops.local_branch', _local_branch_over_heads),
+    'mlp-at-once': lambda: patch.object(MLP, 'forward', _mlp_at_once),
     'two-projections': lambda: patch.object(SoftmaxFreeAttention, 'forward', _two_projections),
     'batchnorm-apart': lambda: patch.object(PatchEmbed, 'forward', _embed_and_normalise),
     'positions-each-time': lambda: patch.object(SOFTStage, 'positions', _positions_each_time),

@@ -65,9 +65,12 @@ class MLP(nn.Sequential):
         outputs = []
         for part in x.flatten(0, -2).split(max(entries // (4 * x.shape[-1]), 1)):
             hidden = self.fc1(part)
-            outputs.append(
-                checkpoint(self._behind_fc1, hidden, use_reentrant=False) if recompute else self._behind_fc1(hidden)
-            )
+            if recompute:
+                # Without dropout there is no random state to keep, which a CUDA graph could not capture.
+                keep = self.drop1.p > 0
+                outputs.append(checkpoint(self._behind_fc1, hidden, use_reentrant=False, preserve_rng_state=keep))
+            else:
+                outputs.append(self._behind_fc1(hidden))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(x.shape)
 
     def _behind_fc1(self, hidden):

@@ -190,7 +190,7 @@ class SOFT(BaseModule):
             stage 3 among ``out_indices``. Defaults to ``'featmap'``.
         in_channels (int): channels of the image. Defaults to 3.
         img_size (int | tuple[int, int]): image size (height, width) for which position embeddings are learned; for
-            any other size they are resized at each forward, and checkpoints learned at another one are resized when
+            any other size they are resized in the forward, and checkpoints learned at another one are resized when
             loaded. Defaults to 224.
         drop_rate (float): dropout after the position embeddings, and in the projections and MLPs of stage 4.
             Defaults to 0.

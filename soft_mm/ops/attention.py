@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from .blockwise import blockwise_attention
 from .inverse import newton_inverse, newton_inverse_per_image, ridge_matrix
-from .kernel import gaussian_kernel
+from .kernel import compute_dtype, gaussian_kernel
 
 SOLVERS = ('newton', 'cholesky')
 NEWTON_BACKWARDS = ('one_step', 'exact')
@@ -18,6 +18,20 @@ def check_solver(solver, newton_iterations, newton_backward):
         raise ValueError(f'newton_backward={newton_backward!r} is unknown; choose one of {NEWTON_BACKWARDS}')
     if not isinstance(newton_iterations, int) or isinstance(newton_iterations, bool) or newton_iterations < 1:
         raise ValueError(f'newton_iterations={newton_iterations!r} must be a whole number from 1 up')
+
+
+def _kernel_and_ridge_matrix(landmarks, ridge):
+    """``A`` and ``A + ridge * I``, the latter positive definite in its dtype."""
+    landmarks = landmarks.to(compute_dtype(landmarks))
+    # Distances are the same from any origin, and are rounded least from the mean.
+    landmarks = landmarks - landmarks.mean(-2, keepdim=True)
+    kernel = gaussian_kernel(landmarks, landmarks)
+    return kernel, ridge_matrix(kernel, ridge, landmarks.detach().square().sum(-1).amax(-1))
+
+
+def _degree_roots(kernel, degree_scale):
+    root = (degree_scale * kernel.sum(-1, keepdim=True)).sqrt()
+    return root * root.transpose(-2, -1)
 
 
 def softmax_free_attention(
@@ -53,9 +67,9 @@ def softmax_free_attention(
         ValueError: for an unknown ``solver`` or ``newton_backward``, or fewer than one iteration.
     """
     check_solver(solver, newton_iterations, newton_backward)
-    kernel = gaussian_kernel(landmarks, landmarks)
     if solver == 'cholesky':
-        return blockwise_attention(q, landmarks, v, ridge_matrix(kernel, ridge), True, scale)
+        return blockwise_attention(q, landmarks, v, _kernel_and_ridge_matrix(landmarks, ridge)[1], True, scale)
+    kernel = gaussian_kernel(landmarks, landmarks)
     inverse = newton_inverse(kernel, newton_iterations, ridge, newton_backward)
     return blockwise_attention(q, landmarks, v, inverse, scale=scale)
 
@@ -91,12 +105,11 @@ def normalized_softmax_free_attention(
         ValueError: for an unknown ``solver`` or fewer than one iteration.
     """
     check_solver(solver, newton_iterations, NEWTON_BACKWARDS[0])
-    kernel = gaussian_kernel(landmarks, landmarks)
-    root = (degree_scale * kernel.sum(-1, keepdim=True)).sqrt()
-    roots = root * root.transpose(-2, -1)
     if solver == 'cholesky':
-        return blockwise_attention(q, landmarks, v, ridge_matrix(kernel, ridge) * roots, True, scale)
-    inverse = newton_inverse_per_image(kernel, newton_iterations) / roots
+        kernel, matrix = _kernel_and_ridge_matrix(landmarks, ridge)
+        return blockwise_attention(q, landmarks, v, matrix * _degree_roots(kernel, degree_scale), True, scale)
+    kernel = gaussian_kernel(landmarks, landmarks)
+    inverse = newton_inverse_per_image(kernel, newton_iterations) / _degree_roots(kernel, degree_scale)
     return blockwise_attention(q, landmarks, v, inverse, scale=scale)
 
 

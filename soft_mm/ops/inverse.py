@@ -105,35 +105,38 @@ def newton_inverse_per_image(kernel, iterations=20):
     return _iterate(kernel, (step * halving)[:, None, None, None] * kernel, iterations)
 
 
-def safe_ridge(kernel, ridge):
-    """The ridge with which ``kernel`` can be factorised in its dtype: ``max(ridge, 8 eps r)``, ``r`` its largest row
-    sum.
+def safe_ridge(kernel, ridge, square_norm=0.0):
+    """The ridge with which ``kernel`` can be factorised in its dtype: ``max(ridge, eps r (8 + 2 s))``, ``r`` its
+    largest row sum and ``s`` the largest squared norm of the tokens that it was made of.
 
     ``r`` bounds the largest eigenvalue, and ``eps r`` is the size of the rounding errors of a factorisation, which
-    may make the smallest eigenvalue negative. The rule needs no look at the outcome.
+    may make the smallest eigenvalue negative; the exponents of the entries are differences of numbers of the size of
+    ``s``, which makes ``2 eps s`` of them uncertain. The rule needs no look at the outcome.
 
     Args:
         kernel (Tensor): ``(..., m, m)`` with no negative entry.
         ridge (float): the wanted ridge.
+        square_norm (float | Tensor): ``s``, a number or ``(...)``. Defaults to 0.
 
     Returns:
         Tensor: ``(...)``, without gradient.
     """
     with torch.no_grad():
-        bound = 8 * torch.finfo(kernel.dtype).eps * kernel.sum(-1).amax(-1)
+        bound = torch.finfo(kernel.dtype).eps * kernel.sum(-1).amax(-1) * (8 + 2 * square_norm)
         return bound.clamp(min=ridge)
 
 
-def ridge_matrix(kernel, ridge=0.01):
+def ridge_matrix(kernel, ridge=0.01, square_norm=0.0):
     """``A + ridge * I``, positive definite in its dtype: the ridge is raised where that asks for it, see
     :func:`safe_ridge`.
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric positive semidefinite with entries in [0, 1].
         ridge (float): added to the diagonal, positive.
+        square_norm (float | Tensor): see :func:`safe_ridge`. Defaults to 0.
 
     Returns:
         Tensor: ``(..., m, m)`` in float32 or wider.
     """
     kernel = kernel.to(compute_dtype(kernel))
-    return add_ridge(kernel, safe_ridge(kernel, ridge)[..., None, None])
+    return add_ridge(kernel, safe_ridge(kernel, ridge, square_norm)[..., None, None])

@@ -43,7 +43,9 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
 
 
 def pooled_grid(grid, max_landmarks):
-    """The grid of at most ``max_landmarks`` cells that keeps the aspect of ``grid`` as nearly as whole numbers allow.
+    """A grid of at most ``max_landmarks`` cells, close to that number and to the aspect of ``grid``.
+
+    Of the two whole numbers around the ideal short side, that whose grid has the nearer aspect.
 
     Args:
         grid (tuple[int, int]): ``(H, W)`` of the landmarks.
@@ -56,8 +58,10 @@ def pooled_grid(grid, max_landmarks):
     if H * W <= max_landmarks:
         return grid
     short, long = min(H, W), max(H, W)
-    short_out = max(1, int(short * math.sqrt(max_landmarks / (H * W))))
-    long_out = min(long, max_landmarks // short_out)
+    below = math.isqrt(short * max_landmarks // long)
+    candidates = [side for side in (below, below + 1) if 1 <= side <= min(short, max_landmarks)]
+    sides = [(side, min(long, max_landmarks // side)) for side in candidates]
+    short_out, long_out = min(sides, key=lambda pair: abs(math.log(pair[1] * short / (pair[0] * long))))
     return (short_out, long_out) if H <= W else (long_out, short_out)
 
 

@@ -40,6 +40,8 @@ def test_contenders_are_read():
         ('attn-softmax-fused:heads=3', 'takes no options'),
         ('attn-soft:landmarks=3', "'attn-soft:landmarks=3': .*unexpected keyword argument 'landmarks'"),
         ('attn-soft:solver=qr', "'attn-soft:solver=qr': solver='qr' is unknown"),
+        ('attn-softmax-fused@held-kernel', 'attn-softmax-fused has no variants'),
+        ('swin-tiny@held-kernel', 'mmdet.SwinTransformer has no variants'),
         ('attn-soft@faster', "variant 'faster' is unknown; choose one of .*held-kernel"),
     ],
 )
@@ -128,11 +130,12 @@ def test_what_fails_is_a_row_and_the_sweep_goes_on():
 
 def test_growth_exponents():
     rows = [
-        dict(name='a', status='ok', tokens=n, seconds=dict(median=3e-6 * n**1.5), bytes=7 * n) for n in (64, 256, 4096)
+        dict(name='a', status='ok', tokens=n, seconds=dict(median=3e-6 * n**1.5), bytes=7 * n, multiply_adds=n * n)
+        for n in (64, 256, 4096)
     ]
     rows += [dict(name='b', status='ok', tokens=64, seconds=dict(median=1.0)), dict(name='b', status='not tried')]
     slopes = growth_exponents(rows)
-    assert slopes['a'] == dict(seconds=pytest.approx(1.5), bytes=pytest.approx(1))
+    assert slopes['a'] == dict(seconds=pytest.approx(1.5), bytes=pytest.approx(1), multiply_adds=pytest.approx(2))
     assert slopes['b'] == dict(seconds=None, bytes=None)
 
 
@@ -196,4 +199,5 @@ def test_tool_names_bad_input(arguments, message, environment):
 def test_report_says_what_failed():
     rows = [dict(name='a', size=[64, 64], tokens=256, status='out of memory')]
     report = sweep.sweep_report(rows, SweepOptions())
-    assert report['exponents'] == {'a': dict(seconds=None, bytes=None)} and report['machine']['threads'] > 0
+    assert report['exponents'] == {'a': dict(seconds=None, bytes=None, multiply_adds=None)}
+    assert report['machine']['threads'] > 0

@@ -516,3 +516,17 @@ def test_mmengine_initialisers_still_work():
     model = reduced(init_cfg=dict(type='Constant', layer='Linear', val=0.5, bias=0.25))
     model.init_weights()
     assert (model.stages[0].blocks[0].attn.qv.weight == 0.5).all()
+
+
+@pytest.mark.parametrize('normalized', [False, True], ids=['plain', 'normalized'])
+def test_bounding_repeated_patches_of_tokens_changes_nothing(normalized):
+    """Every patch four times: a bound that pools them back acts as none does with four times the ridge."""
+    torch.manual_seed(0)
+    few = torch.randn(2, 2, 2, 3, 2, 8, dtype=torch.float64)
+    tokens = few.repeat_interleave(2, dim=1).repeat_interleave(2, dim=3).reshape(2, 8 * 12, 8)
+    bounded, unbounded = (
+        SoftmaxFreeAttention(8, 2, 2, 3, normalized, 'cholesky', max_landmarks=bound, ridge=ridge).double()
+        for bound, ridge in ((6, 0.01), (None, 0.04))
+    )
+    unbounded.load_state_dict(bounded.state_dict())
+    torch.testing.assert_close(bounded(tokens, (8, 12)), unbounded(tokens, (8, 12)), rtol=1e-9, atol=1e-11)

@@ -272,6 +272,26 @@ def test_cholesky_survives_landmarks_that_are_all_alike(count, attention):
     assert torch.isfinite(out).all() and torch.isfinite(landmarks.grad).all()
 
 
+@pytest.mark.parametrize('attention', [ops.softmax_free_attention, ops.normalized_softmax_free_attention])
+@pytest.mark.parametrize('norm', [10.0, 100.0, 300.0])
+@pytest.mark.parametrize('noise', [1e-4, 1e-2])
+def test_cholesky_survives_clusters_of_landmarks_that_are_almost_alike(noise, norm, attention):
+    """Distances within a cluster are small differences of large numbers, and the kernel is not what it should be."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(1, 1, 4, D, generator=generator)
+    centres = norm * centres / centres.norm(dim=-1, keepdim=True)
+    landmarks = centres.repeat_interleave(256, dim=2)
+    landmarks = (landmarks + noise * torch.randn(landmarks.shape, generator=generator)).requires_grad_()
+    v = torch.randn(1, 1, 64, D, generator=generator)
+    kernel, matrix = ops.attention._kernel_and_ridge_matrix(landmarks, 0.01)
+    assert torch.linalg.cholesky_ex(matrix).info.item() == 0
+    out = attention(landmarks.detach()[:, :, ::16], landmarks, v, solver='cholesky')
+    out.square().sum().backward()
+    assert torch.isfinite(out).all() and torch.isfinite(landmarks.grad).all()
+    # The values are interpolated, not amplified.
+    assert out.abs().max() < 100 * v.abs().max()
+
+
 def test_ridge_is_raised_only_where_the_dtype_asks_for_it():
     kernel = torch.eye(4, dtype=torch.float32)
     assert ops.safe_ridge(kernel, 0.01) == pytest.approx(0.01)
@@ -285,12 +305,18 @@ def test_ridge_is_raised_only_where_the_dtype_asks_for_it():
         ((28, 28), 49, (7, 7)),
         ((25, 42), 49, (5, 9)),
         ((42, 25), 49, (9, 5)),
+        ((32, 64), 49, (5, 9)),
+        ((30, 31), 49, (7, 7)),
         ((1, 100), 8, (1, 8)),
         ((9, 9), 1, (1, 1)),
     ],
 )
 def test_pooled_grid(grid, bound, wanted):
     assert ops.pooled_grid(grid, bound) == wanted
+
+
+def test_pooled_grids_of_squares_are_squares():
+    assert {ops.pooled_grid((side, side), 49) for side in range(7, 201)} == {(7, 7)}
 
 
 @pytest.mark.parametrize('grid', [(h, w) for h in (1, 2, 5, 31) for w in (1, 3, 8, 50)])
