@@ -136,7 +136,7 @@ def test_growth_exponents():
     rows += [dict(name='b', status='ok', tokens=64, seconds=dict(median=1.0)), dict(name='b', status='not tried')]
     slopes = growth_exponents(rows)
     assert slopes['a'] == dict(seconds=pytest.approx(1.5), bytes=pytest.approx(1), multiply_adds=pytest.approx(2))
-    assert slopes['b'] == dict(seconds=None, bytes=None)
+    assert slopes['b'] == dict(seconds=None, bytes=None, multiply_adds=None)
 
 
 @pytest.mark.parametrize('device', ['cuda:99', 'tpu', 'meta'])
