@@ -58,10 +58,14 @@ def pooled_grid(grid, max_landmarks):
     if H * W <= max_landmarks:
         return grid
     short, long = min(H, W), max(H, W)
-    below = math.isqrt(short * max_landmarks // long)
-    candidates = [side for side in (below, below + 1) if 1 <= side <= min(short, max_landmarks)]
-    sides = [(side, min(long, max_landmarks // side)) for side in candidates]
-    short_out, long_out = min(sides, key=lambda pair: abs(math.log(pair[1] * short / (pair[0] * long))))
+    below = max(int(math.sqrt(short * max_landmarks // long)), 1)
+    above = min(below + 1, short, max_landmarks)
+
+    def aspect_error(side):
+        return abs(math.log(min(long, max_landmarks // side) * short / (side * long)))
+
+    short_out = above if aspect_error(above) < aspect_error(below) else below
+    long_out = min(long, max_landmarks // short_out)
     return (short_out, long_out) if H <= W else (long_out, short_out)
 
 
