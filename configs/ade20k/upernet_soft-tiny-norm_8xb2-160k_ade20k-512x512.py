@@ -1,0 +1,28 @@
+_base_ = [
+    '../_base_/models/upernet.py',
+    '../_base_/models/soft_dense_backbone.py',
+    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/schedules/adamw_poly.py',
+    '../_base_/default_runtime_mmseg.py',
+]
+
+# Written by tools/convert_checkpoint.py from the authors' ImageNet weights, or trained with configs/imagenet.
+pretrained = 'checkpoints/soft-tiny-norm_in1k.pth'
+
+model = dict(
+    backbone=dict(
+        **_base_.soft_backbone,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained, prefix='backbone.'),
+    ),
+    data_preprocessor=dict(size=(512, 512)),
+    decode_head=dict(num_classes=150),
+    auxiliary_head=dict(num_classes=150),
+)
+max_iters = 160000
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=max_iters),
+]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters // 10)
+train_dataloader = dict(batch_size=2)
+auto_scale_lr = dict(base_batch_size=16)

@@ -1,0 +1,16 @@
+_base_ = [
+    'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py',
+    '../_base_/models/soft_dense_backbone.py',
+]
+
+# Written by tools/convert_checkpoint.py from the authors' ImageNet weights, or trained with configs/imagenet.
+pretrained = 'checkpoints/soft-tiny-norm_in1k.pth'
+
+model = dict(
+    backbone=dict(
+        **_base_.soft_backbone,
+        _delete_=True,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained, prefix='backbone.'),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)
