@@ -7,6 +7,5 @@ optim_wrapper = dict(
         custom_keys=dict(pos_embed=dict(decay_mult=0.0), cls_token=dict(decay_mult=0.0)),
     ),
 )
-default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=8000, max_keep_ckpts=2))
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -1,0 +1,171 @@
+"""The model zoo: every config builds the published model; the tiny ones take a step and predict."""
+
+import importlib
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from test_configs import ROOT
+
+FOLDERS = ('imagenet', 'coco', 'ade20k', 'cityscapes')
+CONFIGS = sorted(path for folder in FOLDERS for path in (ROOT / 'configs' / folder).glob('*.py'))
+# In millions, from the papers; medium is 45.81 and large 64.70, which the papers cut off.
+PUBLISHED = {
+    'soft': dict(tiny=13, small=24, medium=45, large=64, huge=87),
+    'retinanet': dict(tiny=23, small=34, medium=55, large=74),
+    'mask-rcnn': dict(tiny=33, small=44, medium=65, large=84),
+    'upernet': dict(small=54, medium=76),
+}
+
+
+def names():
+    archs = (('tiny', '8xb128'), ('small', '8xb128'), ('medium', '8xb32'), ('large', '8xb32'), ('huge', '8xb32'))
+    yield from (f'imagenet/soft-{arch}{norm}_{batch}_in1k' for arch, batch in archs for norm in ('', '-norm'))
+    for arch in ('tiny', 'small', 'medium', 'large'):
+        yield from (f'coco/{head}_soft-{arch}-norm_fpn_1x_coco' for head in ('retinanet', 'mask-rcnn'))
+        yield f'ade20k/upernet_soft-{arch}-norm_8xb2-160k_ade20k-512x512'
+    yield from (f'ade20k/fpn_soft-{arch}-norm_8xb4-80k_ade20k-512x512' for arch in ('tiny', 'small'))
+    yield 'coco/mask-rcnn_soft-small-norm_fpn_ms-crop-3x_coco'
+    yield 'coco/deformable-detr_soft-tiny-norm_16xb2-50e_coco'
+    yield 'cityscapes/upernet_soft-small-norm_8xb1-80k_cityscapes-1024x2048'
+
+
+def build(cfg):
+    scope = cfg.default_scope
+    importlib.import_module(f'{scope}.models')
+    init_default_scope(scope)
+    return MODELS.build(cfg.model)
+
+
+def without_weights(cfg):
+    cfg.model.backbone.init_cfg = None
+    return cfg
+
+
+def test_names():
+    assert {f'{path.parent.name}/{path.stem}' for path in CONFIGS} == set(names())
+
+
+@pytest.mark.parametrize('config', CONFIGS, ids=lambda path: path.stem)
+def test_config_builds_the_published_model(config):
+    cfg = Config.fromfile(config)
+    with torch.device('meta'):
+        model = build(cfg)
+    head, _, rest = config.stem.rpartition('soft-')
+    arch, norm = rest.split('_')[0].removesuffix('-norm'), '-norm' in rest
+    assert model.backbone.arch == model.backbone._parse_arch(arch)
+    attention = cfg.model.backbone.attention
+    assert attention.normalized == norm
+    if head:
+        assert attention.max_landmarks == 49 and attention.solver == 'cholesky'
+        assert cfg.model.backbone.init_cfg.checkpoint == f'checkpoints/soft-{arch}-norm_in1k.pth'
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    published = PUBLISHED.get(head.strip('_') or 'soft', {}).get(arch)
+    assert published is None or -0.5 <= millions - published < 1, millions
+
+
+def test_recipe_of_the_authors():
+    for config in (path for path in CONFIGS if path.parent.name == 'imagenet'):
+        cfg = Config.fromfile(config)
+        batch, arch = 8 * cfg.train_dataloader.batch_size, cfg.model.backbone.arch
+        rates = dict(tiny=1e-3, small=1e-3, medium=3.5e-4, large=3.3e-4, huge=2.7e-4)
+        if config.stem.startswith('soft-medium-norm'):
+            rates['medium'] = 4e-4
+        assert cfg.auto_scale_lr.base_batch_size == batch
+        assert cfg.optim_wrapper.optimizer.lr == pytest.approx(rates[arch] * batch / 1024)
+        warm_up, cosine = cfg.param_scheduler
+        assert warm_up.end == cosine.begin == 10 and cosine.end == 300 and cosine.eta_min == 5e-5
+        assert warm_up.start_factor * cfg.optim_wrapper.optimizer.lr == pytest.approx(1e-6)
+
+
+def test_no_weight_decay_on_the_class_token_and_norms():
+    from mmengine.optim import build_optim_wrapper
+
+    cfg = Config.fromfile(ROOT / 'configs/imagenet/soft-tiny_8xb128_in1k.py')
+    model = build(cfg)
+    decays = {}
+    for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups:
+        for parameter in group['params']:
+            decays[id(parameter)] = group['weight_decay']
+    found = {name: decays[id(parameter)] for name, parameter in model.named_parameters()}
+    assert found['backbone.stages.3.cls_token'] == 0 and found['backbone.stages.0.blocks.0.norm1.weight'] == 0
+    assert found['backbone.stages.0.blocks.0.mlp.fc1.weight'] == 0.05
+
+
+def image_batch(task, size):
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(2)]
+    if task == 'mmpretrain':
+        from mmpretrain.structures import DataSample
+
+        return dict(inputs=torch.stack(images), data_samples=[DataSample().set_gt_label(k) for k in (1, 2)])
+    if task == 'mmseg':
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        samples = []
+        for _ in images:
+            sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+            sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, *size)))
+            samples.append(sample)
+        return dict(inputs=images, data_samples=samples)
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    samples = []
+    for _ in images:
+        sample = DetDataSample(
+            metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1, 1))
+        )
+        masks = torch.zeros(1, *size, dtype=torch.uint8).numpy()
+        masks[:, 10:60, 20:80] = 1
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor([[20.0, 10.0, 80.0, 60.0]]), labels=torch.tensor([3]), masks=BitmapMasks(masks, *size)
+        )
+        samples.append(sample)
+    return dict(inputs=images, data_samples=samples)
+
+
+@pytest.mark.parametrize('config', [path for path in CONFIGS if 'tiny' in path.stem], ids=lambda path: path.stem)
+def test_tiny_models_take_a_step_and_predict(config):
+    from mmengine.optim import build_optim_wrapper
+
+    torch.manual_seed(0)
+    cfg = without_weights(Config.fromfile(config))
+    for part in ('decode_head', 'auxiliary_head'):
+        if part in cfg.model:
+            # There is one process.
+            cfg.model[part].norm_cfg.type = 'BN'
+    size = (64, 64) if cfg.default_scope == 'mmpretrain' else (96, 128)
+    if 'size' in cfg.model.get('data_preprocessor', {}):
+        cfg.model.data_preprocessor.size = size
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.data_preprocessor = dict(type='ClsDataPreprocessor', num_classes=1000)
+    model = build(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    log = model.train().train_step(image_batch(cfg.default_scope, size), wrapper)
+    assert torch.isfinite(log['loss'])
+    changed = {name.split('.')[0] for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {'backbone'} < changed
+    predictions = model.eval().test_step(image_batch(cfg.default_scope, size))
+    assert len(predictions) == 2
+
+
+def test_configs_are_inherited_from_elsewhere(tmp_path):
+    """Three lines in a folder of the user's: other classes, frozen stages, another neck."""
+    base = ROOT / 'configs/coco/mask-rcnn_soft-tiny-norm_fpn_1x_coco.py'
+    mine = tmp_path / 'mine.py'
+    mine.write_text(
+        f"_base_ = '{base}'\n"
+        "model = dict(backbone=dict(frozen_stages=2, init_cfg=None), neck=dict(_delete_=True, type='PAFPN', "
+        'in_channels=[64, 128, 320, 512], out_channels=256, num_outs=5),\n'
+        '             roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_classes=3)))\n'
+    )
+    model = build(Config.fromfile(mine)).train()
+    assert type(model.neck).__name__ == 'PAFPN' and model.roi_head.bbox_head.num_classes == 3
+    frozen = [name for name, parameter in model.backbone.named_parameters() if not parameter.requires_grad]
+    assert frozen and all(name.startswith(('stages.0.', 'stages.1.')) for name in frozen)
+    log = model.loss(**model.data_preprocessor(image_batch('mmdet', (96, 128)), training=True))
+    assert torch.isfinite(log['loss_cls'])
