@@ -143,6 +143,7 @@ def test_tiny_models_take_a_step_and_predict(config):
     if cfg.default_scope == 'mmpretrain':
         cfg.model.data_preprocessor = dict(type='ClsDataPreprocessor', num_classes=1000)
     model = build(cfg)
+    model.init_weights()
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     log = model.train().train_step(image_batch(cfg.default_scope, size), wrapper)
@@ -167,5 +168,5 @@ def test_configs_are_inherited_from_elsewhere(tmp_path):
     assert type(model.neck).__name__ == 'PAFPN' and model.roi_head.bbox_head.num_classes == 3
     frozen = [name for name, parameter in model.backbone.named_parameters() if not parameter.requires_grad]
     assert frozen and all(name.startswith(('stages.0.', 'stages.1.')) for name in frozen)
-    log = model.loss(**model.data_preprocessor(image_batch('mmdet', (96, 128)), training=True))
+    log = model(**model.data_preprocessor(image_batch('mmdet', (96, 128)), training=True), mode='loss')
     assert torch.isfinite(log['loss_cls'])
