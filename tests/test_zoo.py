@@ -162,10 +162,10 @@ def test_configs_are_inherited_from_elsewhere(tmp_path):
         f"_base_ = '{base}'\n"
         "model = dict(backbone=dict(frozen_stages=2, init_cfg=None), neck=dict(_delete_=True, type='PAFPN', "
         'in_channels=[64, 128, 320, 512], out_channels=256, num_outs=5),\n'
-        '             roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_classes=3)))\n'
+        '             roi_head=dict(bbox_head=dict(num_classes=5), mask_head=dict(num_classes=5)))\n'
     )
     model = build(Config.fromfile(mine)).train()
-    assert type(model.neck).__name__ == 'PAFPN' and model.roi_head.bbox_head.num_classes == 3
+    assert type(model.neck).__name__ == 'PAFPN' and model.roi_head.bbox_head.num_classes == 5
     frozen = [name for name, parameter in model.backbone.named_parameters() if not parameter.requires_grad]
     assert frozen and all(name.startswith(('stages.0.', 'stages.1.')) for name in frozen)
     log = model(**model.data_preprocessor(image_batch('mmdet', (96, 128)), training=True), mode='loss')
