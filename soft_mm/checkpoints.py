@@ -1,7 +1,11 @@
 """The authors' state dicts and ours: one table of names, read in both directions."""
 
+import argparse
 import math
+import pickle
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -120,3 +124,196 @@ def to_official(state_dict):
         elif key != 'backbone.stages.3.cls_pos_embed':
             raise ValueError(f'{key!r} is no key of a SOFT classifier')
     return out
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint of the authors in our names.
+
+    Attributes:
+        state_dict: ours, ``backbone.*`` and, unless left out, ``head.fc.*``.
+        arch: a name of :attr:`SOFT.arch_zoo`, or a dict with ``embed_dims``, ``num_heads``, ``depths``, ``ratios``
+            and ``conv_sizes``.
+        normalized: True or False, or None where the file does not tell.
+        num_classes: of the classifier, or None without one.
+        grids: of the position embeddings, one a stage.
+        weights: where the weights were found: ``'state_dict_ema'``, ``'state_dict'``, ``'model'`` or ``'bare'``.
+        dropped: keys of the authors that were left out on purpose.
+    """
+
+    state_dict: dict
+    arch: object
+    normalized: object
+    num_classes: object
+    grids: tuple
+    weights: str
+    dropped: tuple
+
+
+def read_checkpoint(path):
+    """Read a checkpoint file without running code from it.
+
+    Of what a pickle may hold beside tensors, ``argparse.Namespace`` alone is admitted.
+
+    Args:
+        path (str | Path): a file of PyTorch, or of safetensors where its name ends so.
+
+    Returns:
+        dict: what the file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no checkpoint, is cut off, or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} does not exist')
+    with path.open('rb') as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith((b'<!doctype', b'<html', b'<?xml')):
+        raise ValueError(f'{path} is a web page and no checkpoint: download the file itself')
+    if path.suffix == '.safetensors':
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f'{path} cannot be read as safetensors, it may be cut off: {error}') from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        if 'GLOBAL' in str(error) or 'nsupported' in str(error):
+            raise ValueError(
+                f'{path} is refused: it holds more than tensors and settings, which may run code when read '
+                f'({_reason(error)})'
+            ) from None
+        raise ValueError(f'{path} is no checkpoint of PyTorch, or is cut off ({_reason(error)})') from None
+    except (RuntimeError, EOFError, OSError, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f'{path} is no checkpoint of PyTorch, or is cut off ({_reason(error)})') from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f'{path} holds a {type(loaded).__name__} and no dict of weights')
+    return loaded
+
+
+def _reason(error):
+    text = str(error)
+    match = re.search(r'(?:GLOBAL|global) ([\w.]+)', text)
+    return match[0] if match else text.strip().splitlines()[0][:120] if text.strip() else type(error).__name__
+
+
+def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
+    """Convert a checkpoint of the authors, as :func:`read_checkpoint` gives it.
+
+    Args:
+        checkpoint (dict): a bare state dict, or one under ``state_dict_ema``, ``state_dict`` or ``model``; names may
+            have the prefix ``module.``; an ``argparse.Namespace`` under ``args`` tells the model.
+        weights (str | None): ``'ema'``, ``'raw'``, or None for the averaged weights where there are any.
+        backbone_only (bool): leave the classifier out.
+
+    Returns:
+        Conversion: every key of the source is in it or in its ``dropped``, every parameter of the model is reached.
+
+    Raises:
+        ValueError: if the weights asked for are not there, or are not those of a SOFT model of the authors.
+    """
+    from soft_mm.models import SOFT
+
+    source, name = _find_weights(checkpoint, weights)
+    official = {key.removeprefix('module.'): value for key, value in source.items()}
+    if not any(key.startswith('block1.') for key in official):
+        raise ValueError(
+            f'this is no SOFT model of the authors: it has no keys block1.*, but {sorted(official)[:4]} and so on'
+        )
+    dropped = tuple(key for key in official if backbone_only and key.startswith('head.'))
+    ours = from_official({key: value for key, value in official.items() if key not in dropped})
+    arch, grids = _read_arch(ours)
+    num_classes = _read_classes(ours)
+    with torch.device('meta'):
+        backbone = SOFT(arch, out_type='cls_token')
+    target = {f'backbone.{key}': value.shape for key, value in backbone.state_dict().items()}
+    for stage, grid in enumerate(grids):
+        key = f'backbone.stages.{stage}.pos_embed'
+        target[key] = (*target[key][:2], *grid)
+    wrong = [
+        f'{key} {tuple(ours[key].shape)} for {tuple(shape)}'
+        for key, shape in target.items()
+        if key in ours and ours[key].shape != shape
+    ]
+    missing = [key for key in target if key not in ours]
+    surplus = [key for key in ours if key not in target and not key.startswith('head.fc.')]
+    if missing or surplus or wrong:
+        raise ValueError(
+            f'the weights do not make up a SOFT model: {len(missing)} parameters missing {missing[:4]}, '
+            f'{len(surplus)} unknown {surplus[:4]}, {len(wrong)} of another shape {wrong[:4]}'
+        )
+    known = {_arch_key(facts): known for known, facts in SOFT.arch_zoo.items()}
+    named = known.get(_arch_key(arch)) if _usual(arch) else None
+    return Conversion(ours, named or arch, _read_normalized(checkpoint), num_classes, grids, name, dropped)
+
+
+def _find_weights(checkpoint, weights):
+    if weights not in (None, 'ema', 'raw'):
+        raise ValueError(f"weights={weights!r} is unknown; choose 'ema' or 'raw'")
+    places = [key for key in ('state_dict_ema', 'state_dict', 'model') if isinstance(checkpoint.get(key), dict)]
+    if weights == 'ema' and 'state_dict_ema' not in places:
+        raise ValueError(f'there are no averaged weights (state_dict_ema), only {places or "a bare state dict"}')
+    if weights == 'raw':
+        places = [key for key in places if key != 'state_dict_ema'] or places
+        if places == ['state_dict_ema']:
+            raise ValueError('there are only averaged weights (state_dict_ema)')
+    source, name = (checkpoint[places[0]], places[0]) if places else (checkpoint, 'bare')
+    strangers = [key for key, value in source.items() if not isinstance(value, torch.Tensor)]
+    if strangers or not source:
+        raise ValueError(f'the state dict ({name}) holds no tensors under {strangers[:4]}: this is no SOFT checkpoint')
+    return source, name
+
+
+def _read_arch(ours):
+    """Architecture and grids off the shapes of our keys."""
+    dims, depths, heads, ratios, sizes, grids = [], [], [], [], [], []
+    for stage in range(4):
+        prefix = f'backbone.stages.{stage}.'
+        position = ours.get(f'{prefix}pos_embed')
+        blocks = [int(key.split('.')[4]) for key in ours if key.startswith(f'{prefix}blocks.')]
+        if position is None or not blocks:
+            raise ValueError(f'stage {stage + 1} is not there: it has no position embeddings or no blocks')
+        dims.append(position.shape[1])
+        depths.append(max(blocks) + 1)
+        grids.append(tuple(position.shape[-2:]))
+        if stage < 3:
+            local = ours.get(f'{prefix}blocks.0.attn.local.weight')
+            landmark = ours.get(f'{prefix}blocks.0.attn.landmark.weight')
+            if local is None or landmark is None:
+                raise ValueError(f'stage {stage + 1} has no softmax-free attention')
+            heads.append(local.shape[0])
+            sizes.append(local.shape[-1])
+            ratios.append(landmark.shape[-1])
+    # The shapes of stage 4 do not show its heads; their width is that of the others.
+    heads.append(max(dims[3] * heads[0] // dims[0], 1))
+    arch = dict(embed_dims=dims, num_heads=heads, depths=depths, ratios=[*ratios, 1], conv_sizes=sizes)
+    return {key: tuple(value) for key, value in arch.items()}, tuple(grids)
+
+
+def _arch_key(arch):
+    return tuple(tuple(arch[key]) for key in ('embed_dims', 'num_heads', 'depths'))
+
+
+def _usual(arch):
+    return arch['ratios'] == (8, 4, 2, 1) and arch['conv_sizes'] == (9, 5, 3)
+
+
+def _read_classes(ours):
+    weight, bias = ours.get('head.fc.weight'), ours.get('head.fc.bias')
+    if weight is None and bias is None:
+        return None
+    if weight is None or bias is None or weight.ndim != 2 or len(weight) != len(bias):
+        shapes = [None if value is None else tuple(value.shape) for value in (weight, bias)]
+        raise ValueError(f'the classifier does not tell its number of classes: weight {shapes[0]}, bias {shapes[1]}')
+    return len(weight)
+
+
+def _read_normalized(checkpoint):
+    name = getattr(checkpoint.get('args'), 'model', None)
+    return 'norm' in name.lower() if isinstance(name, str) else None

@@ -12,6 +12,7 @@
 import inspect
 import logging
 import os
+import re
 
 import torch
 import torch.nn as nn
@@ -381,6 +382,11 @@ class SOFT(BaseModule):
             ValueError: if ``init_cfg`` names no checkpoint, or one that does not fit.
         """
         cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]
+        if not all(isinstance(cfg, dict) for cfg in cfgs):
+            raise ValueError(
+                f'init_cfg={self.init_cfg!r} must be a dict such as '
+                "dict(type='Pretrained', checkpoint='classifier.pth', prefix='backbone.'), a list of such, or None"
+            )
         pretrained = [cfg for cfg in cfgs if getattr(cfg.get('type'), '__name__', cfg.get('type')) in _PRETRAINED]
         if not pretrained:
             super().init_weights()
@@ -390,7 +396,10 @@ class SOFT(BaseModule):
         if not isinstance(path, str):
             raise ValueError(f'init_cfg={dict(pretrained[-1])} must name a checkpoint file')
         if '://' not in path and not os.path.isfile(path):
-            raise FileNotFoundError(f'init_cfg names the checkpoint {path!r}, which does not exist')
+            raise FileNotFoundError(
+                f'init_cfg names the checkpoint {path!r}, which does not exist. Weights of the authors are converted by '
+                f'`python tools/convert_checkpoint.py SRC {path}`; init_cfg=None trains without'
+            )
         loaded = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
         self._load_pretrained(loaded.get('state_dict', loaded), prefix, path)
         self._is_init = True
@@ -417,13 +426,25 @@ class SOFT(BaseModule):
                 else f'; the checkpoint has keys under {prefixes}: set `prefix` in init_cfg'
             )
             raise ValueError(
-                f'the checkpoint {path} does not fit this SOFT backbone (prefix {prefix!r}): '
+                f'the checkpoint {path} ({describe_backbone(found)}) does not fit this SOFT backbone '
+                f'({describe_backbone(target)}), prefix {prefix!r}: '
                 f'{len(missing)} keys missing {missing[:4]}, {len(unexpected)} unexpected {unexpected[:4]}, '
                 f'{len(misshapen)} of another shape {misshapen[:4]}{hint}'
             )
+        grids = {
+            key: tuple(value.shape[-2:])
+            for key, value in target.items()
+            if key.endswith('.pos_embed') and found[key].shape != value.shape
+        }
+        resized = [f'{key} from {tuple(found[key].shape[-2:])} to {grid}' for key, grid in grids.items()]
+        found.update((key, resize_pos_embed(found[key], grid)) for key, grid in grids.items())
         self.load_state_dict({key: found[key] for key in target})
-        note = f', {len(left_out)} keys of stages that out_indices leaves out were not used' if left_out else ''
-        print_log(f'SOFT: all {len(target)} backbone keys loaded from {path}{note}', 'current', logging.INFO)
+        others = sorted({key.split('.')[0] for key in state_dict if not key.startswith(prefix)})
+        report = [f'SOFT: all {len(target)} backbone keys loaded from {path}']
+        report += [f'resized: {", ".join(resized)}'] * bool(resized)
+        report += [f'left out: {len(left_out)} keys of stages that out_indices does not need'] * bool(left_out)
+        report += [f'not of the backbone: keys under {others}'] * bool(others)
+        print_log('; '.join(report), 'current', logging.INFO)
 
     def _freeze_stages(self):
         frozen = list(self.stages[: max(self.frozen_stages, 0)])
@@ -502,6 +523,27 @@ class SOFT(BaseModule):
         if parts[2] == 'blocks':
             return sum(depths[:stage]) + int(parts[3]) + 1, num_layers
         return 0 if stage == 0 else sum(depths[:stage]) + 1, num_layers
+
+
+def describe_backbone(state_dict):
+    """Depths and widths of a backbone as its state dict shows them, as a short text.
+
+    Args:
+        state_dict (dict[str, Tensor]): with keys ``stages.*``.
+
+    Returns:
+        str: such as ``'depths 1, 2, widths 64, 128'``, or ``'no SOFT backbone'``.
+    """
+    blocks = [re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', key) for key in state_dict]
+    depths = {}
+    for match in filter(None, blocks):
+        stage, block = int(match[1]), int(match[2])
+        depths[stage] = max(depths.get(stage, 0), block + 1)
+    if not depths:
+        return 'no SOFT backbone'
+    keys = [f'stages.{stage}.pos_embed' for stage in sorted(depths)]
+    widths = [str(state_dict[key].shape[1]) if key in state_dict else '?' for key in keys]
+    return f'depths {", ".join(str(depths[k]) for k in sorted(depths))}, widths {", ".join(widths)}'
 
 
 def _not_whole(value):

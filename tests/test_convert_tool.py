@@ -1,0 +1,159 @@
+"""tools/convert_checkpoint.py: what it reads, writes, says and refuses."""
+
+import argparse
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from authors import official_models
+
+from soft_mm import SOFT
+from soft_mm.checkpoints import convert_checkpoint, from_official, read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def weights(arch='tiny', seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = official_models()[arch]['keys']
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+def convert(*arguments):
+    command = [sys.executable, str(ROOT / 'tools/convert_checkpoint.py'), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+@pytest.fixture(scope='module')
+def official(tmp_path_factory):
+    path = tmp_path_factory.mktemp('official') / 'tiny.pth.tar'
+    state_dict = {f'module.{key}': value for key, value in weights().items()}
+    averaged = weights(seed=1)
+    torch.save(
+        dict(state_dict=state_dict, state_dict_ema=averaged, args=argparse.Namespace(model='soft_norm_tiny')), path
+    )
+    return path
+
+
+@pytest.mark.parametrize(('option', 'seed'), [((), 1), (('--weights', 'ema'), 1), (('--weights', 'raw'), 0)])
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_converts_what_was_asked_for(official, tmp_path, option, seed, suffix):
+    target = tmp_path / 'new' / f'tiny{suffix}'
+    done = convert(official, target, *option)
+    assert done.returncode == 0, done.stderr
+    assert 'normalised (the file says)' in done.stdout and '56x56, 28x28, 14x14, 7x7' in done.stdout
+    assert (ROOT / done.stdout.splitlines()[-1]).is_file() and 'soft-tiny-norm_' in done.stdout
+    loaded = read_checkpoint(target)
+    loaded = loaded if suffix == '.safetensors' else loaded['state_dict']
+    expected = from_official(weights(seed=seed))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.items())
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_converted_weights_start_a_backbone(official, tmp_path):
+    target = tmp_path / 'tiny.pth'
+    assert convert(official, target, '--backbone-only').returncode == 0
+    assert not [key for key in read_checkpoint(target)['state_dict'] if key.startswith('head')]
+    init = dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')
+    backbone = SOFT('tiny', out_indices=(0, 2), init_cfg=init)
+    backbone.init_weights()
+    expected = from_official(weights(seed=1))
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value.float(), expected[f'backbone.{key}'].to(value.dtype).float()), key
+
+
+def test_small_of_the_code_becomes_an_architecture(tmp_path):
+    source, target = tmp_path / 'small.pth', tmp_path / 'ours.pth'
+    torch.save(weights('small_code'), source)
+    done = convert(source, target, '--normalized')
+    assert done.returncode == 0, done.stderr
+    assert 'normalised (as asked)' in done.stdout and 'depths=(1, 3, 20, 4)' in done.stdout
+    mine = tmp_path / 'mine.py'
+    lines = done.stdout[done.stdout.index('_base_') :].replace("'configs/", f"'{ROOT}/configs/")
+    mine.write_text(lines)
+    from mmengine.config import Config
+
+    arch = Config.fromfile(mine).model.backbone.arch
+    with torch.device('meta'):
+        backbone = SOFT(arch.to_dict(), out_type='cls_token')
+    shapes = {f'backbone.{key}': value.shape for key, value in backbone.state_dict().items()}
+    state_dict = read_checkpoint(target)['state_dict']
+    assert shapes == {key: value.shape for key, value in state_dict.items() if key.startswith('backbone.')}
+
+
+@pytest.mark.parametrize('arch', ['tiny', 'small', 'medium', 'large', 'huge'])
+def test_every_arch_is_recognised(arch):
+    keys = official_models()[arch]['keys']
+    conversion = convert_checkpoint({key: torch.empty(shape, device='meta') for key, shape in keys.items()})
+    assert conversion.arch == arch and conversion.num_classes == 1000 and conversion.normalized is None
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_is_refused_and_does_not_run(tmp_path):
+    source, trace, target = tmp_path / 'harmful.pth', tmp_path / 'trace', tmp_path / 'out.pth'
+    torch.save(dict(state_dict=weights(), extra=Harmful(trace)), source)
+    done = convert(source, target)
+    assert done.returncode == 2 and 'is refused: it holds more than tensors' in done.stderr
+    assert not trace.exists() and not target.exists()
+    with source.open('wb') as file:
+        pickle.dump(Harmful(trace), file)
+    assert convert(source, target).returncode == 2
+    assert not trace.exists() and not target.exists()
+
+
+def cut(path):
+    torch.save(weights(), path)
+    path.write_bytes(path.read_bytes()[:100000])
+
+
+def page(path):
+    path.write_text('<!DOCTYPE html><html>Sign in</html>')
+
+
+def save(change):
+    def make(path):
+        state_dict = weights()
+        change(state_dict)
+        torch.save(state_dict, path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (cut, 'no checkpoint of PyTorch, or is cut off'),
+        (page, 'is a web page and no checkpoint'),
+        (lambda path: None, 'does not exist'),
+        (lambda path: torch.save([1, 2], path), 'holds a list'),
+        (lambda path: torch.save({'layer1.0.weight': torch.zeros(2)}, path), 'no SOFT model of the authors'),
+        (save(lambda d: d.update({'head.bias': torch.zeros(10)})), 'number of classes: weight (1000, 512), bias (10,)'),
+        (save(lambda d: d.update({'block2.0.att.ff1.weight': torch.zeros(4, 4)})), '1 of another shape'),
+        (save(lambda d: d.pop('norm.weight')), "1 parameters missing ['backbone.stages.3.norm.weight']"),
+        (save(lambda d: d.update({'neck.weight': torch.zeros(1)})), "'neck.weight' is no key"),
+    ],
+)
+def test_bad_files_are_named_and_leave_nothing(tmp_path, make, message):
+    source, target = tmp_path / 'source.pth', tmp_path / 'target.pth'
+    make(source)
+    done = convert(source, target)
+    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
+    assert not target.exists() and not list(tmp_path.glob('*.part')) and not list(tmp_path.glob('.*'))
+
+
+def test_raw_weights_that_are_not_there():
+    with pytest.raises(ValueError, match='only averaged weights'):
+        convert_checkpoint(dict(state_dict_ema=weights()), 'raw')
+    with pytest.raises(ValueError, match='no averaged weights'):
+        convert_checkpoint(dict(state_dict=weights()), 'ema')
