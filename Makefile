@@ -1,6 +1,6 @@
 # Targets need a Python 3.10 to 3.12 and a C++ compiler; everything else goes into .venv/.
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-scratch landmarks test lint clean-env
+.PHONY: help env demo demo-scratch landmarks test test-openmmlab lint clean-env
 
 # The interpreter that .venv/ was made with comes first, so that a later python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -8,7 +8,7 @@ PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 pytho
 	&& { echo "$$python"; break; }; done)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 env: ## make .venv/ (10 to 15 minutes the first time, nothing after that)
 	@test -n '$(PYTHON)' || { echo 'no Python 3.10, 3.11 or 3.12 was found: apt install python3 python3-venv' \
@@ -27,9 +27,14 @@ landmarks: env ## train the demo's detector and segmentor on with few and many l
 test: env ## run the tests
 	.venv/bin/python -m pytest
 
+test-openmmlab: ## run the tests beside OpenMMLab's own packages, in .venv-openmmlab/
+	@test -n '$(PYTHON)' || { echo 'no Python 3.10, 3.11 or 3.12 was found: see `make env`.' >&2; exit 1; }
+	@'$(PYTHON)' tools/setup_env.py --openmmlab
+	.venv-openmmlab/bin/python -m pytest
+
 lint: env ## ruff, as pre-commit runs it
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 
-clean-env: ## remove .venv/
-	rm -rf .venv .venv.lock
+clean-env: ## remove .venv/ and .venv-openmmlab/
+	rm -rf .venv .venv.lock .venv-openmmlab .venv-openmmlab.lock

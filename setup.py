@@ -1,9 +1,56 @@
+import os
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
+# Where openmim looks for them within an installed package.
+MIM = Path('soft_mm', '.mim')
+CARRIED = ('configs', 'tools', 'model-index.yml')
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs and tools into the package: copies of them, or links where the package is installed editable."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            carry(HERE / MIM, link)
+        else:
+            carry(Path(self.build_lib, MIM), copy)
+
+    def get_outputs(self, include_bytecode=True):
+        carried = [file for name in CARRIED for file in (HERE / name, *(HERE / name).rglob('*')) if file.is_file()]
+        return [
+            *super().get_outputs(include_bytecode),
+            *(str(Path(self.build_lib, MIM, file.relative_to(HERE))) for file in carried),
+        ]
+
+
+def carry(folder, put):
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    for name in CARRIED:
+        put(HERE / name, folder / name)
+
+
+def copy(source, target):
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns('__pycache__'))
+    else:
+        shutil.copy2(source, target)
+
+
+def link(source, target):
+    try:
+        target.symlink_to(os.path.relpath(source, target.parent))
+    except OSError:
+        # Windows asks for a privilege. The copies are as old as the last installation.
+        copy(source, target)
 
 
 def read_version():
@@ -50,11 +97,13 @@ setup(
     'object detection, semantic segmentation',
     python_requires='>=3.10',
     packages=find_packages(include=['soft_mm', 'soft_mm.*']),
+    cmdclass=dict(build_py=BuildWithConfigs),
     install_requires=['torch>=2.0'],
     extras_require={
         'original': ORIGINAL,
         'maintained': MAINTAINED,
         'photo-digits': ['scikit-learn', 'scikit-image', 'pycocotools', 'rich'],
+        'safetensors': ['safetensors'],
         'dev': ['pytest', 'ruff', 'pre-commit'],
     },
     classifiers=[

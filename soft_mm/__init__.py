@@ -1,5 +1,6 @@
 """SOFT, the softmax-free transformer, for the OpenMMLab toolboxes. Importing it needs torch and mmengine only."""
 
+from .configs import config_names, config_path
 from .version import __version__
 
 try:
@@ -20,4 +21,4 @@ except (ImportError, AttributeError) as error:
     # mmengine's registry swallows these two while it imports a plugin, and then says that SOFT is not in the registry.
     raise RuntimeError(f'soft_mm could not be imported: {type(error).__name__}: {error}') from error
 
-__all__ = ['SOFT', 'SoftmaxFreeAttention', '__version__']
+__all__ = ['SOFT', 'SoftmaxFreeAttention', '__version__', 'config_names', 'config_path']

@@ -1,6 +1,7 @@
 """The authors' state dicts and ours: one table of names, read in both directions."""
 
 import argparse
+import contextlib
 import math
 import pickle
 import re
@@ -163,7 +164,7 @@ def read_checkpoint(path):
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no checkpoint, is cut off, or holds code.
+        ValueError: if it is no checkpoint, is cut off, or holds code, or if safetensors is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -173,15 +174,13 @@ def read_checkpoint(path):
     if start.startswith((b'<!doctype', b'<html', b'<?xml')):
         raise ValueError(f'{path} is a web page and no checkpoint: download the file itself')
     if path.suffix == '.safetensors':
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+        safetensors = import_safetensors(path)
         try:
-            return load_file(path)
-        except (SafetensorError, ValueError) as error:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(f'{path} cannot be read as safetensors, it may be cut off: {error}') from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _namespace_admitted():
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         if 'GLOBAL' in str(error) or 'nsupported' in str(error):
@@ -195,6 +194,28 @@ def read_checkpoint(path):
     if not isinstance(loaded, dict):
         raise ValueError(f'{path} holds a {type(loaded).__name__} and no dict of weights')
     return loaded
+
+
+def import_safetensors(path):
+    """The package ``safetensors``, for a file that is to be read or written.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ValueError(f'{path} is a file of safetensors, which is not installed: pip install safetensors') from None
+    return safetensors
+
+
+def _namespace_admitted():
+    """Admits ``argparse.Namespace`` to safe loading: for a while, or before PyTorch 2.5 for good."""
+    if hasattr(torch.serialization, 'safe_globals'):
+        return torch.serialization.safe_globals([argparse.Namespace])
+    if hasattr(torch.serialization, 'add_safe_globals'):
+        torch.serialization.add_safe_globals([argparse.Namespace])
+    return contextlib.nullcontext()
 
 
 def _reason(error):

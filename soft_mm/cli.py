@@ -6,7 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -16,6 +18,7 @@ def runner_parser(description):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder of logs and checkpoints (default: work_dirs/<config name>)')
+    parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher')
     # Given by torch.distributed.launch, read by mmengine from the environment.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -25,25 +28,41 @@ def runner_parser(description):
     return parser
 
 
-def build_runner(args, **settings):
-    """The runner of ``args.config``, with its overrides and then ``settings`` set in the config.
+def load_config(args):
+    """The config of ``args``, an ``argparse.Namespace`` of :func:`runner_parser`, with its overrides.
 
-    Args:
-        args (argparse.Namespace): of :func:`runner_parser`.
-        **settings: top-level keys of the config.
-
-    Returns:
-        Runner: of mmengine, or of the type that the config's ``runner_type`` names.
+    Raises:
+        FileNotFoundError: if there is no such file, or no such file among its bases.
     """
+    if not Path(args.config).is_file():
+        raise FileNotFoundError(f'there is no config {args.config}; those of soft_mm are in configs/')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
-    for key, value in settings.items():
-        cfg[key] = value
+    return cfg
+
+
+def build_runner(cfg):
+    """The runner of a config: mmengine's, or of the type that its ``runner_type`` names."""
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        # mmengine's own start of several processes asks for a GPU each.
+        torch.distributed.init_process_group('gloo')
+        cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False))
+        cfg.model_wrapper_cfg.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+        cfg.model_wrapper_cfg.setdefault('device_ids', None)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+@contextlib.contextmanager
+def missing_files():
+    """End the program with one sentence where a file or a data set is missing, and not with a traceback."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        sys.exit(f'{error}\n(a data set is looked for where its data_root says, from the folder you are in on)')
 
 
 @contextlib.contextmanager

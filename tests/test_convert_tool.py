@@ -1,6 +1,7 @@
 """tools/convert_checkpoint.py: what it reads, writes, says and refuses."""
 
 import argparse
+import importlib
 import pickle
 import subprocess
 import sys
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from authors import official_models
+from authors import VARIANTS, Classifier, image, official_models, record, reduced_model, weight
 
 from soft_mm import SOFT
-from soft_mm.checkpoints import convert_checkpoint, from_official, read_checkpoint
+from soft_mm.checkpoints import convert_checkpoint, from_official, read_checkpoint, to_official
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -157,3 +158,90 @@ def test_raw_weights_that_are_not_there():
         convert_checkpoint(dict(state_dict_ema=weights()), 'raw')
     with pytest.raises(ValueError, match='no averaged weights'):
         convert_checkpoint(dict(state_dict=weights()), 'ema')
+
+
+def test_missing_safetensors_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    path = tmp_path / 'tiny.safetensors'
+    path.write_bytes(b'\0' * 16)
+    with pytest.raises(ValueError, match='pip install safetensors'):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize('arch', ['tiny', 'small', 'medium', 'large', 'huge', 'small_code'])
+@pytest.mark.parametrize('norm', ['', 'norm_'])
+def test_every_arch_there_and_back(arch, norm):
+    theirs = weights(arch)
+    source = dict(state_dict=theirs, args=argparse.Namespace(model=f'soft_{norm}{arch}'))
+    conversion = convert_checkpoint(source)
+    assert conversion.normalized == bool(norm) and not conversion.dropped
+    back = to_official(conversion.state_dict)
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in back.items())
+
+
+@pytest.mark.parametrize(('kind', 'regime'), VARIANTS)
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_converted_model_computes_what_the_authors_do(tmp_path, kind, regime, suffix):
+    source, target = tmp_path / 'reduced.pth', tmp_path / f'ours{suffix}'
+    shapes = {key: value.shape for key, value in to_official(reduced_model(kind, regime).state_dict()).items()}
+    theirs = {key: weight(key, tuple(shape), regime) for key, shape in shapes.items()}
+    torch.save(dict(model=theirs, args=argparse.Namespace(model=f'soft_{kind}')), source)
+    done = convert(source, target)
+    assert done.returncode == 0, done.stderr
+    loaded = read_checkpoint(target)
+    loaded = loaded if suffix == '.safetensors' else loaded['state_dict']
+    conversion = convert_checkpoint(read_checkpoint(source))
+    backbone = SOFT(conversion.arch, attention=dict(normalized=conversion.normalized), out_type='cls_token')
+    model = Classifier(backbone, conversion.num_classes)
+    model.load_state_dict(loaded)
+    with torch.no_grad():
+        logits = model.eval()(image(160, 256))
+    assert (logits - record(f'reduced_{kind}_{regime}')['logits_160x256']).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize(
+    ('config', 'changes', 'said'),
+    [
+        ('imagenet/soft-tiny-norm_8xb128_in1k.py', dict(head=dict(num_classes=10)), ''),
+        ('coco/retinanet_soft-tiny-norm_fpn_1x_coco.py', dict(backbone=dict(img_size=(800, 1344))), '(200, 336)'),
+        (
+            'coco/deformable-detr_soft-tiny-norm_16xb2-50e_coco.py',
+            dict(backbone=dict(out_indices=(1, 2)), neck=dict(in_channels=[128, 320])),
+            'keys of stages that out_indices does not need',
+        ),
+        ('ade20k/fpn_soft-tiny-norm_8xb4-80k_ade20k-512x512.py', dict(decode_head=dict(num_classes=7)), ''),
+    ],
+)
+def test_converted_weights_start_every_task(official, tmp_path, suffix, config, changes, said):
+    from mmengine.config import Config
+    from mmengine.logging import MMLogger
+    from mmengine.registry import MODELS, init_default_scope
+
+    target = tmp_path / f'tiny{suffix}'
+    assert convert(official, target).returncode == 0
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    init_cfg = dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')
+    cfg.merge_from_dict(dict(model=dict(changes, backbone=dict(changes.get('backbone', {}), init_cfg=init_cfg))))
+    importlib.import_module(f'{cfg.default_scope}.models')
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    MMLogger.get_instance(f'start-{tmp_path.name}', log_file=str(tmp_path / 'log.txt'))
+    model.init_weights()
+    expected = from_official(weights(seed=1))
+    for key, value in model.backbone.state_dict().items():
+        if said != '(200, 336)' or not key.endswith('.pos_embed'):
+            assert torch.equal(value, expected[f'backbone.{key}'].to(value.dtype)), key
+    report = (tmp_path / 'log.txt').read_text()
+    assert report.count('SOFT: all ') == 1 and f'loaded from {target}' in report and said in report
+    assert "not of the backbone: keys under ['head']" in report
+
+
+def test_converted_weights_of_another_arch_are_refused(official, tmp_path):
+    target = tmp_path / 'tiny.pth'
+    assert convert(official, target).returncode == 0
+    init = dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')
+    with pytest.raises(ValueError, match='does not fit this SOFT backbone'):
+        SOFT('small', init_cfg=init).init_weights()

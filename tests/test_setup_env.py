@@ -28,7 +28,9 @@ def skeleton(tmp_path):
 
 
 @pytest.fixture
-def setup_env(skeleton):
+def setup_env(skeleton, monkeypatch, request):
+    """The module, as loaded with the options of an indirect parameter."""
+    monkeypatch.setattr(sys, 'argv', ['setup_env.py', *getattr(request, 'param', [])])
     spec = importlib.util.spec_from_file_location('setup_env', skeleton / 'tools' / 'setup_env.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,7 +54,8 @@ def steps(setup_env, monkeypatch):
                 old.rmdir()
             add_distribution(setup_env, 'torch', setup_env.pinned('torch.txt', 'torch'))
         if action == 'installing mmcv.txt':
-            add_distribution(setup_env, 'onedl_mmcv', setup_env.pinned('mmcv.txt', 'onedl-mmcv'))
+            name = setup_env.MMCV
+            add_distribution(setup_env, name.replace('-', '_'), setup_env.pinned('mmcv.txt', name))
 
     for name in ('check_venv_module', 'check_headers', 'check_disk'):
         monkeypatch.setattr(setup_env, name, lambda: None)
@@ -263,6 +266,18 @@ def test_finished_set_up_is_ready_and_is_not_repeated(setup_env, steps):
     steps.clear()
     assert setup_env.main([]) == 0
     assert steps == []
+
+
+@pytest.mark.parametrize('setup_env', [['--openmmlab']], indirect=True)
+def test_openmmlab_is_an_environment_apart(setup_env, steps):
+    assert setup_env.main(['--openmmlab']) == 0
+    assert setup_env.is_ready() and setup_env.VENV == setup_env.ROOT / '.venv-openmmlab'
+    assert not (setup_env.ROOT / '.venv').exists()
+    folders = {file.name: file.parent.name for file in setup_env.requirement_files()}
+    assert folders.pop('constraints.txt') == folders.pop('dev.txt') == 'requirements'
+    assert set(folders.values()) == {'openmmlab'} and set(folders) >= {'torch.txt', 'mmcv.txt', 'toolboxes.txt'}
+    change_pin(setup_env, 'torch.txt', 'torch==2.4.1', 'torch==2.4.0')
+    assert not setup_env.is_ready()
 
 
 @pytest.mark.parametrize('file', ['requirements/dev.txt', 'requirements/new.txt', 'setup.py'])

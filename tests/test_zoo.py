@@ -28,6 +28,7 @@ def names():
     yield from (f'ade20k/fpn_soft-{arch}-norm_8xb4-80k_ade20k-512x512' for arch in ('tiny', 'small'))
     yield 'coco/mask-rcnn_soft-small-norm_fpn_ms-crop-3x_coco'
     yield 'coco/deformable-detr_soft-tiny-norm_16xb2-50e_coco'
+    yield 'cityscapes/mask2former_soft-tiny-norm_8xb2-90k_cityscapes-512x1024'
     yield 'cityscapes/upernet_soft-small-norm_8xb1-80k_cityscapes-1024x2048'
 
 
@@ -145,6 +146,12 @@ def test_tiny_models_take_a_step_and_predict(config):
     model = build(cfg)
     model.init_weights()
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    decays = {id(group['params'][0]): group['weight_decay'] for group in wrapper.optimizer.param_groups}
+    norms = [module for module in model.backbone.modules() if 'Norm' in type(module).__name__]
+    if 'deformable' not in config.stem:
+        # Deformable DETR keeps the groups of mmdet's config, which tells the backbone alone from the rest.
+        assert {decays[id(parameter)] for norm in norms for parameter in norm.parameters()} == {0}
+        assert decays[id(model.backbone.stages[-1].pos_embed)] == 0 or config.parent.name == 'imagenet'
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     log = model.train().train_step(image_batch(cfg.default_scope, size), wrapper)
     assert torch.isfinite(log['loss'])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from soft_mm.checkpoints import convert_checkpoint, read_checkpoint
+from soft_mm.checkpoints import convert_checkpoint, import_safetensors, read_checkpoint
 from soft_mm.version import __version__
 
 BATCHES = dict(tiny='8xb128', small='8xb128', medium='8xb32', large='8xb32', huge='8xb32')
@@ -24,10 +24,9 @@ def write(conversion, path, normalized, source):
     meta |= dict(weights=conversion.weights, soft_mm_version=__version__)
     try:
         if path.suffix == '.safetensors':
-            from safetensors.torch import save_file
-
             tensors = {key: value.contiguous().clone() for key, value in conversion.state_dict.items()}
-            save_file(tensors, part, metadata={key: str(value) for key, value in meta.items()})
+            metadata = {key: str(value) for key, value in meta.items()}
+            import_safetensors(path).torch.save_file(tensors, part, metadata)
         else:
             torch.save(dict(meta=meta, state_dict=conversion.state_dict), part)
         os.replace(part, path)
@@ -58,6 +57,8 @@ def main():
     if args.dst.suffix not in ('.pth', '.safetensors'):
         parser.error(f'{args.dst}: the file to write must end in .pth or .safetensors')
     try:
+        if args.dst.suffix == '.safetensors':
+            import_safetensors(args.dst)
         conversion = convert_checkpoint(read_checkpoint(args.src), args.weights, args.backbone_only)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Makes the environment of the demo and the tests: `.venv/` in the repository root.
 
+With --openmmlab it makes another beside it, of OpenMMLab's own packages: `.venv-openmmlab/`.
 Needs the standard library alone. A second run with nothing changed returns at once; an interrupted
 one is continued. Nothing counts as ready before everything has been imported once.
 """
@@ -26,13 +27,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / '.venv'
+OPENMMLAB = '--openmmlab' in sys.argv[1:]  # everything below depends on it
+VENV = ROOT / ('.venv-openmmlab' if OPENMMLAB else '.venv')
 PYTHON = VENV / 'bin' / 'python'
 LOG = VENV / 'setup.log'
 STAMP = VENV / '.soft_mm-ready'
 MMCV_RECORD = VENV / '.mmcv-torch'  # what the mmcv in place was compiled against
-LOCK = ROOT / '.venv.lock'  # outside of .venv, which may be made anew while the lock is held
-REQUIREMENTS = ROOT / 'requirements'
+LOCK = ROOT / f'{VENV.name}.lock'  # outside of the venv, which may be made anew while the lock is held
+REQUIREMENTS = ROOT / 'requirements' / ('openmmlab' if OPENMMLAB else '')
+SHARED = [ROOT / 'requirements' / name for name in ('constraints.txt', 'dev.txt')]  # by both environments
+MMCV = 'mmcv' if OPENMMLAB else 'onedl-mmcv'
 
 SUPPORTED = ((3, 10), (3, 12))
 IMPORTS = ('mmcv', 'mmengine', 'mmdet', 'mmseg', 'mmpretrain')
@@ -175,20 +179,25 @@ def wants_cuda():
 def mmcv_key():
     """What the compiled operators depend on."""
     cuda = '+cuda' if wants_cuda() else ''
-    return f'mmcv {pinned("mmcv.txt", "onedl-mmcv")}{cuda} for torch {installed("torch")}'
+    return f'mmcv {pinned("mmcv.txt", MMCV)}{cuda} for torch {installed("torch")}'
 
 
 def mmcv_is_current():
     """Tells whether the mmcv in the venv was compiled, to the end, against the torch beside it."""
-    wanted = pinned('mmcv.txt', 'onedl-mmcv')
+    wanted = pinned('mmcv.txt', MMCV)
     record = MMCV_RECORD.read_text() if MMCV_RECORD.is_file() else ''
-    return installed('onedl-mmcv') == wanted and record == mmcv_key()
+    return installed(MMCV) == wanted and record == mmcv_key()
+
+
+def requirement_files():
+    """The files of this environment's pins."""
+    return sorted({*SHARED, *REQUIREMENTS.glob('*.txt')})
 
 
 def digest():
     """Changes with everything that makes the environment another one, its place included."""
     result = hashlib.sha256(repr((sys.version_info[:2], str(ROOT))).encode())
-    for file in [ROOT / 'setup.py', *sorted(REQUIREMENTS.glob('*.txt'))]:
+    for file in [ROOT / 'setup.py', *requirement_files()]:
         result.update(repr((file.name, file.read_bytes())).encode())
     return result.hexdigest()
 
@@ -323,7 +332,7 @@ def exclusive():
 
 
 def make_venv():
-    """Makes .venv/ anew with the interpreter that runs this program."""
+    """Makes the venv anew with the interpreter that runs this program."""
     import venv  # a package apart on Debian and Ubuntu, checked before
 
     try:
@@ -347,12 +356,13 @@ def set_up():
 
     # -vv, because pip says only there that an index was not reached
     pip = [PYTHON, '-m', 'pip', 'install', '-vv']
-    for file in sorted(REQUIREMENTS.glob('*.txt')):
+    for file in requirement_files():
         pip += ['-c', file]
     local = ['--no-build-isolation', '--no-deps']
 
     def install(name, *options):
-        run([*pip, *options, '-r', REQUIREMENTS / name], f'installing {name}', environment)
+        file = next(file for file in requirement_files() if file.name == name)
+        run([*pip, *options, '-r', file], f'installing {name}', environment)
 
     with step(2, f'virtual environment {VENV} and build tools'):
         if not is_sound():
@@ -377,7 +387,8 @@ def set_up():
     with step(6, 'soft_mm itself, and a first import of everything'):
         run([*pip, *local, '-e', ROOT], 'installing soft_mm', environment)
         # -I keeps this folder and the user's own packages off the path
-        run([PYTHON, '-I', __file__, '--verify'], 'the first import', environment)
+        options = ['--openmmlab'] * OPENMMLAB
+        run([PYTHON, '-I', __file__, '--verify', *options], 'the first import', environment)
     write_atomically(STAMP, digest())
 
 
@@ -404,6 +415,7 @@ def verify():
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--openmmlab', action='store_true', help="OpenMMLab's own packages, in .venv-openmmlab")
     parser.add_argument('--verify', action='store_true', help='check the venv this runs in')
     options = parser.parse_args(arguments)
     try:

@@ -24,6 +24,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from soft_mm.checkpoints import read_checkpoint
 from soft_mm.ops.kernel import is_compiling
 from soft_mm.registry import MODELS
 
@@ -400,7 +401,10 @@ class SOFT(BaseModule):
                 f'init_cfg names the checkpoint {path!r}, which does not exist. Weights of the authors are converted by '
                 f'`python tools/convert_checkpoint.py SRC {path}`; init_cfg=None trains without'
             )
-        loaded = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+        if path.endswith('.safetensors'):
+            loaded = read_checkpoint(path)
+        else:
+            loaded = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
         self._load_pretrained(loaded.get('state_dict', loaded), prefix, path)
         self._is_init = True
 

@@ -1,0 +1,112 @@
+"""Pictures of what a trained model says of images, drawn by the toolbox that the model is of."""
+
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.model import is_model_wrapper
+from mmengine.runner.checkpoint import CheckpointLoader
+
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+
+
+def find_images(path):
+    """The image file, or the image files of the folder in the order of their names.
+
+    Args:
+        path (str | Path): image file or folder.
+
+    Returns:
+        list[str]: image files.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if a file is no image that can be read, or the folder holds none.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise ValueError(f'{path} holds no images ({", ".join(SUFFIXES)})')
+    elif path.is_file():
+        files = [path]
+    else:
+        raise FileNotFoundError(f'there is no image or folder {path}')
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image.verify()
+        except Exception as error:
+            # Each format has its own exceptions for a file that is cut off.
+            raise ValueError(f'{file} cannot be read as an image: {error}') from None
+    return [str(file) for file in files]
+
+
+def check_weights(model, checkpoint):
+    """Refuse a checkpoint that would leave parts of a model as they were initialised, which the toolboxes let pass.
+
+    Args:
+        model (nn.Module): a model, wrapped for several processes or not.
+        checkpoint (str): file, or address.
+
+    Raises:
+        ValueError: if weights are missing or of another shape.
+    """
+    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
+    found = {key.removeprefix('module.'): value for key, value in loaded.get('state_dict', loaded).items()}
+    target = (model.module if is_model_wrapper(model) else model).state_dict()
+    missing = [key for key in target if key not in found]
+    misshapen = [
+        f'{key} {tuple(found[key].shape)} for {tuple(value.shape)}'
+        for key, value in target.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    if missing or misshapen:
+        raise ValueError(
+            f'{checkpoint} is not of the model of this config: of {len(target)} weights {len(missing)} are missing '
+            f'{missing[:3]} and {len(misshapen)} of another shape {misshapen[:3]}; give the config it was trained with'
+        )
+
+
+def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
+    """Draw predictions for images: class scores, boxes and masks, or a segmentation.
+
+    Args:
+        images (list[str]): image files.
+        config (str | Path): config file of mmpretrain, mmdet or mmsegmentation.
+        checkpoint (str | Path): its checkpoint.
+        out_dir (str | Path): folder in which ``vis`` is filled with one picture an image.
+        device (str | None): ``'cpu'``, ``'cuda'`` or ``'cuda:i'``. Defaults to None, a GPU where there is one.
+        score_thr (float): boxes below this score are not drawn. Defaults to 0.3.
+
+    Returns:
+        Path: the folder of the pictures.
+
+    Raises:
+        ValueError: if the config is of another toolbox, or the checkpoint of another model.
+    """
+    cfg, checkpoint, pictures = Config.fromfile(config), str(checkpoint), Path(out_dir, 'vis')
+    scope = cfg.get('default_scope')
+    if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
+        raise ValueError(f'{config} has default_scope {scope!r}; mmpretrain, mmdet and mmseg have predictions to draw')
+    # The checkpoint has every weight.
+    cfg.model.backbone.init_cfg = None
+    if scope == 'mmpretrain':
+        from mmpretrain.apis import ImageClassificationInferencer
+
+        inferencer = ImageClassificationInferencer(cfg, pretrained=checkpoint, device=device)
+        options = dict(show_dir=str(pictures))
+    elif scope == 'mmdet':
+        from mmdet.apis import DetInferencer
+
+        inferencer = DetInferencer(cfg, weights=checkpoint, device=device)
+        options = dict(out_dir=str(out_dir), pred_score_thr=score_thr)
+    else:
+        from mmseg.apis import MMSegInferencer
+
+        inferencer = MMSegInferencer(cfg, weights=checkpoint, device=device)
+        options = dict(out_dir=str(out_dir))
+    check_weights(inferencer.model, checkpoint)
+    inferencer(images, **options)
+    return pictures
