@@ -148,8 +148,8 @@ def test_tiny_models_take_a_step_and_predict(config):
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     decays = {id(group['params'][0]): group['weight_decay'] for group in wrapper.optimizer.param_groups}
     norms = [module for module in model.backbone.modules() if 'Norm' in type(module).__name__]
-    if 'deformable' not in config.stem:
-        # Deformable DETR keeps the groups of mmdet's config, which tells the backbone alone from the rest.
+    if not config.stem.startswith(('deformable', 'retinanet')):
+        # Those two keep what mmdet's configs set.
         assert {decays[id(parameter)] for norm in norms for parameter in norm.parameters()} == {0}
         assert decays[id(model.backbone.stages[-1].pos_embed)] == 0 or config.parent.name == 'imagenet'
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

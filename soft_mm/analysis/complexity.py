@@ -124,7 +124,8 @@ def _count_parameters(module):
 def config_complexity(config, shape, backbone_only=False):
     """Count the model of a config at an input size.
 
-    Nothing is computed but in a detector, which selects its proposals by their values.
+    Nothing is computed but in a detector, which selects its proposals by their values, and in heads with kernels of
+    mmcv's own.
 
     Args:
         config (str | Path): config file of mmpretrain, mmdet or mmsegmentation.
@@ -148,7 +149,8 @@ def config_complexity(config, shape, backbone_only=False):
     # Seeded, for the proposals of a detector depend on the weights.
     with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = MODELS.build(cfg.model.backbone if backbone_only else cfg.model).eval()
+        # The counter asks parameters that are handed to a module for their gradient's function, and there is none.
+        model = MODELS.build(cfg.model.backbone if backbone_only else cfg.model).eval().requires_grad_(False)
         image = torch.rand(1, channels, *shape)
         if scope == 'mmdet' and not backbone_only:
             from mmdet.structures import DetDataSample
@@ -156,5 +158,16 @@ def config_complexity(config, shape, backbone_only=False):
             sizes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), tuple(shape))
             samples = [DetDataSample(metainfo=dict(sizes, scale_factor=(1.0, 1.0)))]
             return model_complexity(model, lambda: model(image, samples, mode='tensor'))
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return model_complexity(model, lambda: model(image))
+        # Some heads of mmsegmentation have a forward for this call alone.
+        metas = [dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), tuple(shape))]
+        segments = scope == 'mmseg' and not backbone_only
+
+        def run():
+            return model.encode_decode(image, metas) if segments else model(image)
+
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                return model_complexity(model, run)
+        except RuntimeError:
+            # Kernels of mmcv's own take tensors with data only.
+            return model_complexity(model, run)
