@@ -1,6 +1,6 @@
 # Targets need a Python 3.10 to 3.12 and a C++ compiler; everything else goes into .venv/.
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-scratch landmarks test test-openmmlab lint clean-env
+.PHONY: help env demo demo-scratch landmarks test test-long test-openmmlab lint clean-env
 
 # The interpreter that .venv/ was made with comes first, so that a later python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -26,6 +26,9 @@ landmarks: env ## train the demo's detector and segmentor on with few and many l
 
 test: env ## run the tests
 	.venv/bin/python -m pytest
+
+test-long: env ## run the tests that take minutes
+	.venv/bin/python -m pytest -m long
 
 test-openmmlab: ## run the tests beside OpenMMLab's own packages, in .venv-openmmlab/
 	@test -n '$(PYTHON)' || { echo 'no Python 3.10, 3.11 or 3.12 was found: see `make env`.' >&2; exit 1; }

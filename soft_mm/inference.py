@@ -108,5 +108,6 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
         inferencer = MMSegInferencer(cfg, weights=checkpoint, device=device)
         options = dict(out_dir=str(out_dir))
     check_weights(inferencer.model, checkpoint)
+    pictures.mkdir(parents=True, exist_ok=True)
     inferencer(images, **options)
     return pictures

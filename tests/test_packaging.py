@@ -54,8 +54,8 @@ def clean_python(tmp_path):
     """The Python of a new environment that has torch and mmengine and what they need."""
     venv.create(tmp_path / 'clean', symlinks=True)
     (site,) = (tmp_path / 'clean').glob('lib/python*/site-packages')
-    engine = 'onedl-mmengine' if importlib.metadata.packages_distributions()['mmengine'] == ['onedl-mmengine'] else None
-    names = ('torch', engine or 'mmengine', 'opencv-python-headless', 'setuptools')
+    (engine,) = set(importlib.metadata.packages_distributions()['mmengine'])
+    names = ('torch', engine, 'opencv-python-headless', 'setuptools')
     for distribution in distributions_below(*names):
         for top in {file.parts[0] for file in distribution.files if file.parts[0] not in ('..', '__pycache__')}:
             if not (site / top).exists():

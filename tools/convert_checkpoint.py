@@ -1,8 +1,8 @@
 """Convert a checkpoint of the authors' classification code to soft_mm's names.
 
-Architecture, number of classes and grids of the position embeddings are read from the file; a file of the authors' code
-as published may hold a "small" of 38.9M parameters, which becomes an architecture of its own. Averaged weights are taken
-where there are any.
+Architecture, number of classes and grids of the position embeddings are read from the file. A file of the authors' code
+as published may hold a "small" of 38.9M parameters, which becomes an architecture of its own. Averaged weights are
+taken where there are any.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Parameters and multiply-adds, those of attention products and of the direct solve included."""
 
+import functools
 import importlib
 from dataclasses import dataclass
 
@@ -158,16 +159,13 @@ def config_complexity(config, shape, backbone_only=False):
             sizes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), tuple(shape))
             samples = [DetDataSample(metainfo=dict(sizes, scale_factor=(1.0, 1.0)))]
             return model_complexity(model, lambda: model(image, samples, mode='tensor'))
-        # Some heads of mmsegmentation have a forward for this call alone.
-        metas = [dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), tuple(shape))]
-        segments = scope == 'mmseg' and not backbone_only
-
-        def run():
-            return model.encode_decode(image, metas) if segments else model(image)
-
+        if scope == 'mmseg' and not backbone_only:
+            # Some heads have a forward for prediction alone.
+            metas = [dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), tuple(shape))]
+            model.forward = functools.partial(model.encode_decode, batch_img_metas=metas)
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
-                return model_complexity(model, run)
+                return model_complexity(model, lambda: model(image))
         except RuntimeError:
             # Kernels of mmcv's own take tensors with data only.
-            return model_complexity(model, run)
+            return model_complexity(model, lambda: model(image))

@@ -398,8 +398,8 @@ class SOFT(BaseModule):
             raise ValueError(f'init_cfg={dict(pretrained[-1])} must name a checkpoint file')
         if '://' not in path and not os.path.isfile(path):
             raise FileNotFoundError(
-                f'init_cfg names the checkpoint {path!r}, which does not exist. Weights of the authors are converted by '
-                f'`python tools/convert_checkpoint.py SRC {path}`; init_cfg=None trains without'
+                f'init_cfg names the checkpoint {path!r}, which does not exist. Weights of the authors are converted '
+                f'by `python tools/convert_checkpoint.py SRC {path}`; init_cfg=None trains without'
             )
         if path.endswith('.safetensors'):
             loaded = read_checkpoint(path)

@@ -16,7 +16,10 @@ ATTENTIONS = {
     'bounded-normalized': dict(solver='cholesky', max_landmarks=3, normalized=True),
 }
 # The same graphs run with and without code being generated for them; to generate it takes long.
-TRAININGS = dict.fromkeys(ATTENTIONS, 'aot_eager') | {'bounded-normalized': 'inductor'}
+TRAININGS = [
+    *((name, 'aot_eager') for name in ATTENTIONS),
+    pytest.param('bounded-normalized', 'inductor', marks=pytest.mark.long),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,7 @@ def test_compiled_evaluation_equals_eager(attention):
     assert all(relative_error(*pair) < 1e-4 for pair in zip(found, wanted))
 
 
-@pytest.mark.parametrize(('attention', 'backend'), TRAININGS.items())
+@pytest.mark.parametrize(('attention', 'backend'), TRAININGS)
 def test_compiled_training_equals_eager(attention, backend):
     torch.manual_seed(0)
     backbone = SOFT(ARCH, attention=ATTENTIONS[attention])

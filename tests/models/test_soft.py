@@ -460,7 +460,9 @@ def test_pretrained_backbone_for_fewer_stages_and_another_size(classifier_checkp
     model = reduced(out_indices=(0, 1), img_size=96, init_cfg=cfg)
     model.init_weights()
     assert torch.equal(model.stages[1].blocks[0].attn.qv.weight, source.stages[1].blocks[0].attn.qv.weight)
-    assert 'resized: stages.0.pos_embed from (56, 56) to (24, 24), stages.1.pos_embed from (28, 28) to (12, 12)' in log()
+    assert (
+        'resized: stages.0.pos_embed from (56, 56) to (24, 24), stages.1.pos_embed from (28, 28) to (12, 12)' in log()
+    )
     left_out = [key for key in source.state_dict() if key.startswith(('stages.2.', 'stages.3.'))]
     assert f'left out: {len(left_out)} keys of stages that out_indices does not need' in log()
     assert "not of the backbone: keys under ['head']" in log()
