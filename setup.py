@@ -10,6 +10,8 @@ HERE = Path(__file__).resolve().parent
 # Where openmim looks for them within an installed package.
 MIM = Path('soft_mm', '.mim')
 CARRIED = ('configs', 'tools', 'model-index.yml')
+# Tools that work on the repository.
+LEFT_OUT = ('__pycache__', 'setup_env.py', 'make_model_zoo.py', 'demo.py', 'compare_landmarks.py')
 
 
 class BuildWithConfigs(build_py):
@@ -23,7 +25,8 @@ class BuildWithConfigs(build_py):
             carry(Path(self.build_lib, MIM), copy)
 
     def get_outputs(self, include_bytecode=True):
-        carried = [file for name in CARRIED for file in (HERE / name, *(HERE / name).rglob('*')) if file.is_file()]
+        files = (file for name in CARRIED for file in (HERE / name, *(HERE / name).rglob('*')) if file.is_file())
+        carried = [file for file in files if not set(file.parts) & set(LEFT_OUT)]
         return [
             *super().get_outputs(include_bytecode),
             *(str(Path(self.build_lib, MIM, file.relative_to(HERE))) for file in carried),
@@ -40,7 +43,7 @@ def carry(folder, put):
 
 def copy(source, target):
     if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
     else:
         shutil.copy2(source, target)
 

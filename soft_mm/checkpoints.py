@@ -1,14 +1,17 @@
 """The authors' state dicts and ours: one table of names, read in both directions."""
 
 import argparse
+import codecs
 import contextlib
 import math
-import pickle
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .version import __version__
 
 # Our layers of a block and the authors' layers that make up their rows.
 _SOFTMAX_FREE_BLOCK = {
@@ -49,8 +52,8 @@ def from_official(state_dict):
         dict[str, Tensor]: ours, ``backbone.*`` and ``head.fc.*``.
 
     Raises:
-        ValueError: for a name that the authors' models do not have, half of a stacked layer, or position embeddings
-            on no square.
+        ValueError: for a name that the authors' models do not have, half of a stacked layer, shapes that cannot be
+            stacked, or position embeddings on no square.
     """
     out, pieces = {}, {}
     for key, value in state_dict.items():
@@ -69,6 +72,8 @@ def from_official(state_dict):
             out[f'backbone.stages.{int(match[1]) - 1}.patch_embed.{match[2]}'] = value
         elif match := re.fullmatch(r'pos_embed([1-4])', key):
             stage = int(match[1]) - 1
+            if value.ndim != 3:
+                raise ValueError(f'{key!r} has the shape {tuple(value.shape)} and not (1, positions, channels)')
             if stage == 3:
                 out['backbone.stages.3.cls_pos_embed'] = value[:, :1]
                 value = value[:, 1:]
@@ -85,6 +90,9 @@ def from_official(state_dict):
     for name, values in pieces.items():
         if any(value is None for value in values):
             raise ValueError(f"{name!r} is stacked from {len(values)} of the authors' layers, and not all are there")
+        shapes = [tuple(value.shape) for value in values]
+        if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
+            raise ValueError(f"{name!r} is stacked from the authors' layers, whose shapes {shapes} do not fit together")
         out[name] = torch.cat(values) if len(values) > 1 else values[0]
     return out
 
@@ -140,6 +148,8 @@ class Conversion:
         grids: of the position embeddings, one a stage.
         weights: where the weights were found: ``'state_dict_ema'``, ``'state_dict'``, ``'model'`` or ``'bare'``.
         dropped: keys of the authors that were left out on purpose.
+        num_source: number of keys that the weights had.
+        beside: what else the file holds: other weights, the optimizer's state, settings.
     """
 
     state_dict: dict
@@ -149,15 +159,19 @@ class Conversion:
     grids: tuple
     weights: str
     dropped: tuple
+    num_source: int
+    beside: tuple
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, trained=False):
     """Read a checkpoint file without running code from it.
 
     Of what a pickle may hold beside tensors, ``argparse.Namespace`` alone is admitted.
 
     Args:
         path (str | Path): a file of PyTorch, or of safetensors where its name ends so.
+        trained (bool): admit what mmengine's runner saves as well, arrays of NumPy and the history of its logs.
+            Defaults to False.
 
     Returns:
         dict: what the file holds.
@@ -170,8 +184,8 @@ def read_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist')
     with path.open('rb') as file:
-        start = file.read(512).lstrip().lower()
-    if start.startswith((b'<!doctype', b'<html', b'<?xml')):
+        start = file.read(512).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if start.startswith((b'<!', b'<html', b'<?xml')):
         raise ValueError(f'{path} is a web page and no checkpoint: download the file itself')
     if path.suffix == '.safetensors':
         safetensors = import_safetensors(path)
@@ -180,20 +194,66 @@ def read_checkpoint(path):
         except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(f'{path} cannot be read as safetensors, it may be cut off: {error}') from None
     try:
-        with _namespace_admitted():
+        with _admitted([argparse.Namespace, *(_globals_of_mmengine() if trained else ())]):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        if 'GLOBAL' in str(error) or 'nsupported' in str(error):
+    except Exception as error:
+        # What the bytes of another file make the unpickler stumble over is any exception.
+        if match := re.search(r'(?:unsupported global: )?GLOBAL [\w.]+|unrecognized function', str(error), re.I):
             raise ValueError(
-                f'{path} is refused: it holds more than tensors and settings, which may run code when read '
-                f'({_reason(error)})'
+                f'{path} is refused: it holds more than tensors and settings, which may run code when read ({match[0]})'
             ) from None
-        raise ValueError(f'{path} is no checkpoint of PyTorch, or is cut off ({_reason(error)})') from None
-    except (RuntimeError, EOFError, OSError, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f'{path} is no checkpoint of PyTorch, or is cut off ({_reason(error)})') from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f'{path} is no checkpoint of PyTorch, or is cut off ({reason})') from None
     if not isinstance(loaded, dict):
         raise ValueError(f'{path} holds a {type(loaded).__name__} and no dict of weights')
     return loaded
+
+
+def load_weights(path):
+    """Read what a backbone or a model starts from: a file, without running code from it, or an address.
+
+    An address is left to mmengine, and so is a file before PyTorch 2.4, which cannot admit what mmengine saves.
+
+    Args:
+        path (str): file of mmengine or of :func:`save_conversion`, or an address.
+
+    Returns:
+        dict: what the file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as :func:`read_checkpoint`; for an address of a file of safetensors.
+    """
+    remote = '://' in path
+    if remote and path.endswith('.safetensors'):
+        raise ValueError(f'{path} is an address of safetensors, which mmengine does not read: download the file')
+    if remote or not (path.endswith('.safetensors') or hasattr(torch.serialization, 'add_safe_globals')):
+        from mmengine.runner.checkpoint import CheckpointLoader
+
+        return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+    return read_checkpoint(path, trained=True)
+
+
+def _globals_of_mmengine():
+    """What the pickles of mmengine's runner name: the history of its logs, which are arrays of NumPy."""
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+
+    functions = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    dtypes = {type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')}
+    # NumPy 2 reads what NumPy 1 wrote under another name, and PyTorch takes names from 2.6 on.
+    named = tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 6)
+    aliases = [(function, f'numpy.core.multiarray.{function.__name__}') for function in functions if named]
+    return [HistoryBuffer, np.ndarray, np.dtype, codecs.encode, *functions, *aliases, *dtypes]
+
+
+def _admitted(names):
+    """Admits names to safe loading: for a while, or before PyTorch 2.5 for good."""
+    if hasattr(torch.serialization, 'safe_globals'):
+        return torch.serialization.safe_globals(names)
+    if hasattr(torch.serialization, 'add_safe_globals'):
+        torch.serialization.add_safe_globals(names)
+    return contextlib.nullcontext()
 
 
 def import_safetensors(path):
@@ -207,21 +267,6 @@ def import_safetensors(path):
     except ModuleNotFoundError:
         raise ValueError(f'{path} is a file of safetensors, which is not installed: pip install safetensors') from None
     return safetensors
-
-
-def _namespace_admitted():
-    """Admits ``argparse.Namespace`` to safe loading: for a while, or before PyTorch 2.5 for good."""
-    if hasattr(torch.serialization, 'safe_globals'):
-        return torch.serialization.safe_globals([argparse.Namespace])
-    if hasattr(torch.serialization, 'add_safe_globals'):
-        torch.serialization.add_safe_globals([argparse.Namespace])
-    return contextlib.nullcontext()
-
-
-def _reason(error):
-    text = str(error)
-    match = re.search(r'(?:GLOBAL|global) ([\w.]+)', text)
-    return match[0] if match else text.strip().splitlines()[0][:120] if text.strip() else type(error).__name__
 
 
 def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
@@ -271,7 +316,9 @@ def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
         )
     known = {_arch_key(facts): known for known, facts in SOFT.arch_zoo.items()}
     named = known.get(_arch_key(arch)) if _usual(arch) else None
-    return Conversion(ours, named or arch, _read_normalized(checkpoint), num_classes, grids, name, dropped)
+    beside = () if name == 'bare' else tuple(str(key) for key in checkpoint if key != name)
+    normalized = _read_normalized(checkpoint)
+    return Conversion(ours, named or arch, normalized, num_classes, grids, name, dropped, len(source), beside)
 
 
 def _find_weights(checkpoint, weights):
@@ -285,7 +332,9 @@ def _find_weights(checkpoint, weights):
         if places == ['state_dict_ema']:
             raise ValueError('there are only averaged weights (state_dict_ema)')
     source, name = (checkpoint[places[0]], places[0]) if places else (checkpoint, 'bare')
-    strangers = [key for key, value in source.items() if not isinstance(value, torch.Tensor)]
+    strangers = [
+        key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+    ]
     if strangers or not source:
         raise ValueError(f'the state dict ({name}) holds no tensors under {strangers[:4]}: this is no SOFT checkpoint')
     return source, name
@@ -308,6 +357,9 @@ def _read_arch(ours):
             landmark = ours.get(f'{prefix}blocks.0.attn.landmark.weight')
             if local is None or landmark is None:
                 raise ValueError(f'stage {stage + 1} has no softmax-free attention')
+            if local.ndim != 4 or landmark.ndim != 4:
+                shapes = f'{tuple(local.shape)} and {tuple(landmark.shape)}'
+                raise ValueError(f'stage {stage + 1}: filters of the shapes {shapes} are none of a convolution')
             heads.append(local.shape[0])
             sizes.append(local.shape[-1])
             ratios.append(landmark.shape[-1])
@@ -337,4 +389,72 @@ def _read_classes(ours):
 
 def _read_normalized(checkpoint):
     name = getattr(checkpoint.get('args'), 'model', None)
-    return 'norm' in name.lower() if isinstance(name, str) else None
+    match = (
+        re.fullmatch(r'soft_(norm_)?(tiny|small|medium|large|huge)', name.lower()) if isinstance(name, str) else None
+    )
+    return bool(match[1]) if match else None
+
+
+def save_conversion(conversion, path, normalized, source):
+    """Write a conversion, whole or not at all.
+
+    Args:
+        conversion (Conversion): what to write.
+        path (Path): ``.pth``, a dict with ``meta`` and ``state_dict``, or ``.safetensors``, the weights with the meta
+            data as texts.
+        normalized (bool): of the attention, for the meta data.
+        source (str): name of the authors' file, for the meta data.
+
+    Raises:
+        ValueError: if safetensors is needed and not installed.
+        OSError: if the file cannot be written.
+    """
+    part = path.with_name(f'.{path.name}.part')
+    meta = dict(arch=conversion.arch, normalized=normalized, num_classes=conversion.num_classes, source=source)
+    meta |= dict(weights=conversion.weights, soft_mm_version=__version__)
+    try:
+        if path.suffix == '.safetensors':
+            tensors = {key: value.contiguous().clone() for key, value in conversion.state_dict.items()}
+            metadata = {key: str(value) for key, value in meta.items()}
+            import_safetensors(path).torch.save_file(tensors, part, metadata)
+        else:
+            torch.save(dict(meta=meta, state_dict=conversion.state_dict), part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def config_of(conversion, path, normalized):
+    """The text of a config that loads a conversion: of a classifier, or of a backbone where there is no classifier.
+
+    Args:
+        conversion (Conversion): what was converted.
+        path (Path): the file that it was written to.
+        normalized (bool): of the attention.
+
+    Returns:
+        str: lines of Python.
+    """
+    named = isinstance(conversion.arch, str)
+    arch = conversion.arch if named else 'small'
+    batch = '8xb128' if arch in ('tiny', 'small') else '8xb32'
+    base = f'configs/imagenet/soft-{arch}{"-norm" * normalized}_{batch}_in1k.py'
+    backbone, model = [], []
+    if not named:
+        facts = ', '.join(f'{key}={value}' for key, value in conversion.arch.items())
+        backbone.append(f'arch=dict(_delete_=True, {facts})')
+    if conversion.grids[0] != (56, 56):
+        backbone.append(f'img_size={tuple(4 * side for side in conversion.grids[0])}')
+    if conversion.num_classes is None or path.suffix == '.safetensors':
+        # mmengine's runner does not read safetensors, and a backbone alone is no whole model.
+        backbone.append(f"init_cfg=dict(type='Pretrained', checkpoint={str(path)!r}, prefix='backbone.')")
+    if backbone:
+        model.append(f'backbone=dict({", ".join(backbone)})')
+    if conversion.num_classes not in (None, 1000):
+        model.append(f'head=dict(num_classes={conversion.num_classes})')
+    lines = [f'_base_ = {base!r}']
+    if model:
+        lines.append(f'model = dict({", ".join(model)})')
+    if conversion.num_classes is not None and path.suffix != '.safetensors':
+        lines.append(f'load_from = {str(path)!r}')
+    return '\n'.join(lines)

@@ -28,14 +28,15 @@ def runner_parser(description):
     return parser
 
 
-def load_config(args):
-    """The config of ``args``, an ``argparse.Namespace`` of :func:`runner_parser`, with its overrides.
+def load_config(parser, args):
+    """The config of the command line, with its overrides, or the end of the program where there is no such file.
 
-    Raises:
-        FileNotFoundError: if there is no such file, or no such file among its bases.
+    Args:
+        parser (argparse.ArgumentParser): of :func:`runner_parser`.
+        args (argparse.Namespace): what it has read.
     """
     if not Path(args.config).is_file():
-        raise FileNotFoundError(f'there is no config {args.config}; those of soft_mm are in configs/')
+        parser.error(f'there is no config {args.config}; those of soft_mm are in configs/')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
@@ -62,7 +63,9 @@ def missing_files():
     try:
         yield
     except FileNotFoundError as error:
-        sys.exit(f'{error}\n(a data set is looked for where its data_root says, from the folder you are in on)')
+        # The registry puts the class before the message.
+        hint = '; set the data_root of its data sets' if 'Dataset' in str(error) else ''
+        sys.exit(f'{error}{hint}')
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.runner.checkpoint import CheckpointLoader
+
+from soft_mm.checkpoints import load_weights
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
@@ -43,30 +44,43 @@ def find_images(path):
     return [str(file) for file in files]
 
 
-def check_weights(model, checkpoint):
+def check_weights(model, checkpoint, path):
     """Refuse a checkpoint that would leave parts of a model as they were initialised, which the toolboxes let pass.
 
     Args:
         model (nn.Module): a model, wrapped for several processes or not.
-        checkpoint (str): file, or address.
+        checkpoint (dict): as :func:`~soft_mm.checkpoints.load_weights` gives it.
+        path (str): its file, for the message.
 
     Raises:
-        ValueError: if weights are missing or of another shape.
+        ValueError: if weights are missing or of another shape, position embeddings excepted, which are resized.
     """
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu', logger='silent')
-    found = {key.removeprefix('module.'): value for key, value in loaded.get('state_dict', loaded).items()}
+    found = {key.removeprefix('module.'): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
     target = (model.module if is_model_wrapper(model) else model).state_dict()
     missing = [key for key in target if key not in found]
     misshapen = [
         f'{key} {tuple(found[key].shape)} for {tuple(value.shape)}'
         for key, value in target.items()
-        if key in found and found[key].shape != value.shape
+        if key in found and found[key].shape != value.shape and not key.endswith('.pos_embed')
     ]
     if missing or misshapen:
         raise ValueError(
-            f'{checkpoint} is not of the model of this config: of {len(target)} weights {len(missing)} are missing '
+            f'{path} is not of the model of this config: of {len(target)} weights {len(missing)} are missing '
             f'{missing[:3]} and {len(misshapen)} of another shape {misshapen[:3]}; give the config it was trained with'
         )
+
+
+def load_whole_model(path):
+    """Read the checkpoint of a whole model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, see :func:`~soft_mm.checkpoints.load_weights`, or is of safetensors, which
+            mmengine's runner and the inferencers do not read.
+    """
+    if str(path).endswith('.safetensors'):
+        raise ValueError(f'{path}: the toolboxes read whole models from .pth alone; convert it to one')
+    return load_weights(str(path))
 
 
 def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
@@ -84,9 +98,12 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
         Path: the folder of the pictures.
 
     Raises:
-        ValueError: if the config is of another toolbox, or the checkpoint of another model.
+        ValueError: if the config is of another toolbox, the checkpoint of another model or not to be read, or pictures
+            would have the same name.
     """
     cfg, checkpoint, pictures = Config.fromfile(config), str(checkpoint), Path(out_dir, 'vis')
+    # Before the inferencers read it, which would run code from it.
+    weights = load_whole_model(checkpoint)
     scope = cfg.get('default_scope')
     if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
         raise ValueError(f'{config} has default_scope {scope!r}; mmpretrain, mmdet and mmseg have predictions to draw')
@@ -95,6 +112,9 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
     if scope == 'mmpretrain':
         from mmpretrain.apis import ImageClassificationInferencer
 
+        names = [Path(image).with_suffix('').name for image in images]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f'several images are called {twice[:3]} but for their endings, as their pictures would be')
         inferencer = ImageClassificationInferencer(cfg, pretrained=checkpoint, device=device)
         options = dict(show_dir=str(pictures))
     elif scope == 'mmdet':
@@ -107,7 +127,7 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
 
         inferencer = MMSegInferencer(cfg, weights=checkpoint, device=device)
         options = dict(out_dir=str(out_dir))
-    check_weights(inferencer.model, checkpoint)
+    check_weights(inferencer.model, weights, checkpoint)
     pictures.mkdir(parents=True, exist_ok=True)
     inferencer(images, **options)
     return pictures

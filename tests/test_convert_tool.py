@@ -1,15 +1,21 @@
 """tools/convert_checkpoint.py: what it reads, writes, says and refuses."""
 
 import argparse
+import contextlib
 import importlib
+import io
 import pickle
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from authors import VARIANTS, Classifier, image, official_models, record, reduced_model, weight
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
 
 from soft_mm import SOFT
 from soft_mm.checkpoints import convert_checkpoint, from_official, read_checkpoint, to_official
@@ -24,8 +30,15 @@ def weights(arch='tiny', seed=0):
 
 
 def convert(*arguments):
-    command = [sys.executable, str(ROOT / 'tools/convert_checkpoint.py'), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    """Run the tool in this process: to start one takes longer than the conversion."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['convert_checkpoint.py', *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / 'tools/convert_checkpoint.py'), run_name='__main__')
+        except SystemExit as exit:
+            code = exit.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +59,10 @@ def test_converts_what_was_asked_for(official, tmp_path, option, seed, suffix):
     done = convert(official, target, *option)
     assert done.returncode == 0, done.stderr
     assert 'normalised (the file says)' in done.stdout and '56x56, 28x28, 14x14, 7x7' in done.stdout
-    assert (ROOT / done.stdout.splitlines()[-1]).is_file() and 'soft-tiny-norm_' in done.stdout
+    assert f'{len(weights())} read, 0 dropped' in done.stdout
+    other = 'state_dict_ema' if option == ('--weights', 'raw') else 'state_dict'
+    assert f'; not taken: {other}, args\n' in done.stdout
+    assert 'configs/imagenet/soft-tiny-norm_8xb128_in1k.py' in done.stdout.split('config:\n')[1]
     loaded = read_checkpoint(target)
     loaded = loaded if suffix == '.safetensors' else loaded['state_dict']
     expected = from_official(weights(seed=seed))
@@ -73,17 +89,51 @@ def test_small_of_the_code_becomes_an_architecture(tmp_path):
     done = convert(source, target, '--normalized')
     assert done.returncode == 0, done.stderr
     assert 'normalised (as asked)' in done.stdout and 'depths=(1, 3, 20, 4)' in done.stdout
-    mine = tmp_path / 'mine.py'
-    lines = done.stdout[done.stdout.index('_base_') :].replace("'configs/", f"'{ROOT}/configs/")
-    mine.write_text(lines)
-    from mmengine.config import Config
-
-    arch = Config.fromfile(mine).model.backbone.arch
+    arch = printed_config(done, tmp_path).model.backbone.arch
     with torch.device('meta'):
         backbone = SOFT(arch.to_dict(), out_type='cls_token')
     shapes = {f'backbone.{key}': value.shape for key, value in backbone.state_dict().items()}
     state_dict = read_checkpoint(target)['state_dict']
     assert shapes == {key: value.shape for key, value in state_dict.items() if key.startswith('backbone.')}
+
+
+def printed_config(done, folder):
+    """The config that the tool printed, as a file."""
+    path = folder / 'printed.py'
+    path.write_text(done.stdout.split('config:\n')[1].replace("'configs/", f"'{ROOT}/configs/"))
+    return Config.fromfile(path)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize(
+    ('change', 'options'),
+    [
+        ({}, []),
+        ({'head.weight': (10, 512), 'head.bias': (10,)}, []),
+        ({'head.weight': (10, 512), 'head.bias': (10,)}, ['--backbone-only']),
+        (dict(pos_embed1=(1, 576, 64), pos_embed2=(1, 144, 128), pos_embed3=(1, 36, 320), pos_embed4=(1, 10, 512)), []),
+    ],
+    ids=['as usual', 'ten classes', 'backbone alone', '96 pixels'],
+)
+def test_printed_config_loads_the_file(tmp_path, change, options, suffix):
+    theirs = weights() | {key: torch.randn(shape) for key, shape in change.items()}
+    torch.save(theirs, tmp_path / 'source.pth')
+    done = convert(tmp_path / 'source.pth', tmp_path / f'ours{suffix}', *options)
+    assert done.returncode == 0, done.stderr
+    cfg = printed_config(done, tmp_path)
+    init_default_scope('mmpretrain')
+    importlib.import_module('mmpretrain.models')
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    if cfg.load_from:
+        model.load_state_dict(read_checkpoint(cfg.load_from)['state_dict'])
+    expected = from_official(theirs)
+    found = model.state_dict()
+    if not cfg.load_from:
+        expected = {key: value for key, value in expected.items() if key.startswith('backbone.')}
+    assert found.keys() >= expected.keys()
+    assert all(torch.equal(found[key], value.to(found[key].dtype)) for key, value in expected.items())
+    assert model.head.num_classes == len(theirs['head.bias']) or '--backbone-only' in options
 
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'medium', 'large', 'huge'])
@@ -118,6 +168,18 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:100000])
 
 
+def cut_of_old(length):
+    def make(path):
+        torch.save(weights(), path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes()[:length])
+
+    return make
+
+
+def holding(content):
+    return lambda path: path.write_bytes(content)
+
+
 def page(path):
     path.write_text('<!DOCTYPE html><html>Sign in</html>')
 
@@ -136,6 +198,17 @@ def save(change):
     [
         (cut, 'no checkpoint of PyTorch, or is cut off'),
         (page, 'is a web page and no checkpoint'),
+        (holding(b'\xef\xbb\xbf<!-- login --><html>'), 'is a web page and no checkpoint'),
+        (holding(b'Not Found'), 'no checkpoint of PyTorch, or is cut off'),
+        (holding(b'{"error": "denied"}'), 'no checkpoint of PyTorch, or is cut off'),
+        (holding(b'GIF89a' + bytes(64)), 'no checkpoint of PyTorch, or is cut off'),
+        (holding(b'\x80\x02.'), 'no checkpoint of PyTorch, or is cut off'),
+        *((cut_of_old(length), 'no checkpoint of PyTorch, or is cut off') for length in (1, 200, 1000, 4000)),
+        (lambda path: torch.save({1: torch.zeros(2)}, path), 'holds no tensors under [1]'),
+        (save(lambda d: d.update({'block1.0.att.mha.W_q.weight': torch.zeros(64, 9)})), 'do not fit together'),
+        (save(lambda d: d.update({'block4.0.attn.kv.weight': torch.zeros(4)})), 'do not fit together'),
+        (save(lambda d: d.update(pos_embed1=torch.zeros(56))), "'pos_embed1' has the shape (56,)"),
+        (save(lambda d: d.update({'block1.0.att.mha.attn.conv.weight': torch.zeros(2, 9)})), 'none of a convolution'),
         (lambda path: None, 'does not exist'),
         (lambda path: torch.save([1, 2], path), 'holds a list'),
         (lambda path: torch.save({'layer1.0.weight': torch.zeros(2)}, path), 'no SOFT model of the authors'),
@@ -151,6 +224,53 @@ def test_bad_files_are_named_and_leave_nothing(tmp_path, make, message):
     done = convert(source, target)
     assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
     assert not target.exists() and not list(tmp_path.glob('*.part')) and not list(tmp_path.glob('.*'))
+
+
+def test_file_to_convert_is_not_written_over(tmp_path):
+    source = tmp_path / 'source.pth'
+    torch.save(weights(), source)
+    before = source.read_bytes()
+    done = convert(source, tmp_path / '.' / 'source.pth', '--backbone-only')
+    assert done.returncode == 2 and 'is the file to convert' in done.stderr and source.read_bytes() == before
+    (tmp_path / 'folder.pth').mkdir()
+    done = convert(source, tmp_path / 'folder.pth')
+    assert done.returncode == 2 and 'folder.pth' in done.stderr and 'Traceback' not in done.stderr
+    assert not list(tmp_path.glob('.*'))
+
+
+@pytest.mark.parametrize(('name', 'normalized'), [('soft_tiny', False), ('SOFT_norm_small', True), ('resnet101', None)])
+def test_only_names_of_the_authors_tell_the_attention(name, normalized):
+    source = dict(model=weights(), args=argparse.Namespace(model=name, config='SOFT_Norm_Tiny.yaml'))
+    assert convert_checkpoint(source).normalized is normalized
+
+
+def test_backbone_starts_from_no_code(tmp_path):
+    path, trace = tmp_path / 'harmful.pth', tmp_path / 'trace'
+    state_dict = {f'backbone.{key}': value for key, value in SOFT('tiny').state_dict().items()}
+    torch.save(dict(state_dict=state_dict, extra=Harmful(trace)), path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
+    with pytest.raises(ValueError, match='harmful.pth is refused'):
+        SOFT('tiny', init_cfg=init_cfg).init_weights()
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize('wrap', [lambda d: d, lambda d: dict(state_dict=d, args=argparse.Namespace())])
+def test_backbone_names_the_command_for_a_file_of_the_authors(tmp_path, wrap):
+    path = tmp_path / 'theirs.pth'
+    torch.save(wrap({f'module.{key}': value for key, value in weights().items()}), path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
+    with pytest.raises(ValueError, match=f'convert it by `python tools/convert_checkpoint.py {path}'):
+        SOFT('tiny', init_cfg=init_cfg).init_weights()
+
+
+def test_whole_models_may_resize_position_embeddings():
+    from soft_mm.inference import check_weights
+
+    small, large = (Classifier(SOFT('tiny', img_size=size, out_type='cls_token'), 3) for size in (64, 96))
+    check_weights(large, dict(state_dict=small.state_dict()), 'small.pth')
+    large.load_state_dict(small.state_dict())
+    with pytest.raises(ValueError, match=r'1 of another shape .*head.fc.bias'):
+        check_weights(large, small.state_dict() | {'head.fc.bias': torch.zeros(4)}, 'small.pth')
 
 
 def test_raw_weights_that_are_not_there():
@@ -169,11 +289,17 @@ def test_missing_safetensors_is_named(tmp_path, monkeypatch):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize('arch', ['tiny', 'small', 'medium', 'large', 'huge', 'small_code'])
-@pytest.mark.parametrize('norm', ['', 'norm_'])
+@pytest.mark.parametrize(
+    ('arch', 'norm'),
+    [
+        *((arch, '') for arch in ('tiny', 'small', 'medium', 'large', 'huge')),
+        ('small_code', 'norm_'),
+        ('tiny', 'norm_'),
+    ],
+)
 def test_every_arch_there_and_back(arch, norm):
     theirs = weights(arch)
-    source = dict(state_dict=theirs, args=argparse.Namespace(model=f'soft_{norm}{arch}'))
+    source = dict(state_dict=theirs, args=argparse.Namespace(model=f'soft_{norm}{arch.removesuffix("_code")}'))
     conversion = convert_checkpoint(source)
     assert conversion.normalized == bool(norm) and not conversion.dropped
     back = to_official(conversion.state_dict)
@@ -187,7 +313,9 @@ def test_converted_model_computes_what_the_authors_do(tmp_path, kind, regime, su
     source, target = tmp_path / 'reduced.pth', tmp_path / f'ours{suffix}'
     shapes = {key: value.shape for key, value in to_official(reduced_model(kind, regime).state_dict()).items()}
     theirs = {key: weight(key, tuple(shape), regime) for key, shape in shapes.items()}
-    torch.save(dict(model=theirs, args=argparse.Namespace(model=f'soft_{kind}')), source)
+    torch.save(
+        dict(model=theirs, args=argparse.Namespace(model='soft_norm_tiny' if kind == 'norm' else 'soft_tiny')), source
+    )
     done = convert(source, target)
     assert done.returncode == 0, done.stderr
     loaded = read_checkpoint(target)
@@ -216,10 +344,6 @@ def test_converted_model_computes_what_the_authors_do(tmp_path, kind, regime, su
     ],
 )
 def test_converted_weights_start_every_task(official, tmp_path, suffix, config, changes, said):
-    from mmengine.config import Config
-    from mmengine.logging import MMLogger
-    from mmengine.registry import MODELS, init_default_scope
-
     target = tmp_path / f'tiny{suffix}'
     assert convert(official, target).returncode == 0
     cfg = Config.fromfile(ROOT / 'configs' / config)

@@ -37,7 +37,8 @@ def test_parameters_are_those_of_the_model(model):
 
 
 @pytest.mark.parametrize(
-    'model', [model for model in MODELS if 'tiny' in model['Name']], ids=lambda model: model['Name']
+    'model',
+    [pytest.param(m, marks=[] if 'tiny' in m['Name'] else pytest.mark.long, id=m['Name']) for m in MODELS],
 )
 def test_multiply_adds_are_those_of_the_model(model):
     assert measure(ROOT, model)['FLOPs'] == pytest.approx(model['Metadata']['FLOPs'], rel=1e-3)

@@ -1,6 +1,9 @@
 """Command-line tools of training, testing and prediction: what they take, do and refuse."""
 
+import importlib.util
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from test_configs import CLASSIFIER, DENSE, OPTIONS, ROOT, classifier, workspace  # noqa: F401 (fixtures)
+from test_convert_tool import Harmful
 
+ADE20K = ROOT / 'configs/ade20k/upernet_soft-tiny-norm_8xb2-160k_ade20k-512x512.py'
 TEST_OPTIONS = ['test_dataloader.num_workers=0']
 
 
@@ -77,6 +82,9 @@ def test_predict_draws(workspace, checkpoints, tmp_path, task, folder):  # noqa:
         (dict(checkpoint='none.pth'), 'there is no file none.pth'),
         (dict(device='cuda:7'), "device 'cuda:7'"),
         (dict(checkpoint='other.pth'), 'is not of the model of this config'),
+        (dict(checkpoint='code.pth'), 'code.pth is refused'),
+        (dict(checkpoint='some.safetensors'), 'the toolboxes read whole models from .pth alone'),
+        (dict(image='twins'), "several images are called ['a']"),
     ],
 )
 def test_predict_refuses(workspace, checkpoints, tmp_path, change, message):  # noqa: F811
@@ -84,11 +92,16 @@ def test_predict_refuses(workspace, checkpoints, tmp_path, change, message):  # 
     (tmp_path / 'empty').mkdir()
     mmcv.imwrite(np.zeros((64, 64, 3), np.uint8), str(tmp_path / 'a.png'))
     torch.save(dict(meta={}, state_dict={'backbone.weight': torch.zeros(1)}), tmp_path / 'other.pth')
+    torch.save(dict(state_dict={}, extra=Harmful(tmp_path / 'trace')), tmp_path / 'code.pth')
+    (tmp_path / 'some.safetensors').touch()
+    (tmp_path / 'twins').mkdir()
+    for name in ('a.png', 'a.jpg'):
+        mmcv.imwrite(np.zeros((64, 64, 3), np.uint8), str(tmp_path / 'twins' / name))
     given = dict(image='a.png', config=CLASSIFIER, checkpoint=checkpoints['classification'], device='cpu') | change
     arguments = (given['image'], given['config'], given['checkpoint'], '--device', given['device'])
     done = tool('predict.py', *arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
-    assert not (tmp_path / 'outputs').exists()
+    assert not (tmp_path / 'outputs').exists() and not (tmp_path / 'trace').exists()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +110,8 @@ def test_predict_refuses(workspace, checkpoints, tmp_path, change, message):  # 
         ('train.py', ['none.py'], 'there is no config none.py'),
         ('train.py', [CLASSIFIER, '--resume', 'none.pth'], 'there is no checkpoint none.pth'),
         ('train.py', [CLASSIFIER, '--auto-scale-lr'], 'does not set auto_scale_lr'),
-        ('train.py', [ROOT / 'configs/ade20k/upernet_soft-tiny-norm_8xb2-160k_ade20k-512x512.py'], 'data_root'),
+        ('train.py', [ADE20K], 'ADEChallengeData2016/images/training'),
+        ('train.py', [ADE20K], '; set the data_root of its data sets'),
         ('test.py', [CLASSIFIER, 'none.pth'], 'there is no checkpoint none.pth'),
         ('test.py', ['none.py', __file__], 'there is no config none.py'),
     ],
@@ -105,6 +119,48 @@ def test_predict_refuses(workspace, checkpoints, tmp_path, change, message):  # 
 def test_missing_files_are_named(tmp_path, name, arguments, message):
     done = tool(name, *arguments, '--cfg-options', 'model.backbone.init_cfg=None', cwd=tmp_path)
     assert done.returncode in (1, 2) and message in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_missing_weights_are_named_with_the_command_that_makes_them(workspace):  # noqa: F811
+    config = config_of(workspace, 'mask-rcnn')
+    arguments = ('model.backbone.init_cfg.checkpoint=none.pth', *OPTIONS)
+    done = tool('train.py', config, '--work-dir', 'missing', '--cfg-options', *arguments, cwd=workspace)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("init_cfg names the checkpoint 'none.pth', which does not exist")
+    assert '`python tools/convert_checkpoint.py SRC none.pth`' in done.stderr and 'data_root' not in done.stderr
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Built(Exception):
+    """Carries the config out of a tool."""
+
+
+def test_mixed_precision_reaches_the_runner(monkeypatch, tmp_path):
+    def build_runner(cfg):
+        raise Built(cfg)
+
+    (tmp_path / 'some.pth').touch()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for name, more in (('train', []), ('test', [str(tmp_path / 'some.pth')])):
+        module = load_tool(name)
+        monkeypatch.setattr(module, 'build_runner', build_runner)
+        monkeypatch.setattr(module, 'load_whole_model', lambda path: {}, raising=False)
+        for amp in ([], ['--amp']):
+            monkeypatch.setattr(sys, 'argv', [name, str(CLASSIFIER), *more, *amp])
+            with pytest.raises(Built) as caught:
+                module.main()
+            (cfg,) = caught.value.args
+            if name == 'train':
+                expected = ('AmpOptimWrapper', 'dynamic') if amp else ('OptimWrapper', None)
+                assert (cfg.optim_wrapper.type, cfg.optim_wrapper.get('loss_scale')) == expected
+            else:
+                assert cfg.test_cfg.get('fp16', False) == bool(amp)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='it is for machines without a GPU')
@@ -137,17 +193,22 @@ def test_learning_rate_scales_with_the_batch(workspace, tmp_path):  # noqa: F811
 
 
 def test_two_processes_train_and_evaluate(workspace, tmp_path):  # noqa: F811
-    """The launchers of several GPUs, on CPUs: the weights stay alike, each process sees its share."""
+    """The launchers of several GPUs, on CPUs; together the processes find what one finds."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
 
     def launch(name, *arguments):
-        environment = dict(PORT='29555', PATH=f'{sys.exec_prefix}/bin:/usr/bin:/bin', OMP_NUM_THREADS='1')
+        path = f'{sys.exec_prefix}/bin{os.pathsep}{os.environ["PATH"]}'
+        environment = dict(os.environ, PORT=port, PATH=path, OMP_NUM_THREADS='1')
         command = [str(ROOT / 'tools' / name), *map(str, arguments)]
         return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300)
 
     run = tmp_path / 'run'
     done = launch('dist_train.sh', CLASSIFIER, 2, '--work-dir', run, '--cfg-options', *OPTIONS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert 'GPU number: 2' in done.stdout + done.stderr or 'Distributed training: True' in done.stdout + done.stderr
+    assert 'Distributed training: True' in done.stdout + done.stderr
+    assert 'GPU number: 2' in done.stdout + done.stderr
     arguments = (CLASSIFIER, run / 'iter_2.pth', 2, '--json', 'two.json', '--cfg-options', *TEST_OPTIONS)
     done = launch('dist_test.sh', *arguments)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

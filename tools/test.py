@@ -7,7 +7,7 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 
 from soft_mm.cli import build_runner, load_config, missing_files, runner_parser
-from soft_mm.inference import check_weights
+from soft_mm.inference import check_weights, load_whole_model
 
 
 def main():
@@ -18,15 +18,17 @@ def main():
     if '://' not in args.checkpoint and not os.path.isfile(args.checkpoint):
         parser.error(f'there is no checkpoint {args.checkpoint}')
     with missing_files():
-        cfg = load_config(args)
-        cfg.load_from = args.checkpoint
-        # The checkpoint has every weight.
-        cfg.model.backbone.init_cfg = None
-        if args.amp:
-            cfg.test_cfg.fp16 = True
-        runner = build_runner(cfg)
         try:
-            check_weights(runner.model, args.checkpoint)
+            # Before the runner reads it, which would run code from it.
+            weights = load_whole_model(args.checkpoint)
+            cfg = load_config(parser, args)
+            cfg.load_from = args.checkpoint
+            # The checkpoint has every weight.
+            cfg.model.backbone.init_cfg = None
+            if args.amp:
+                cfg.test_cfg.fp16 = True
+            runner = build_runner(cfg)
+            check_weights(runner.model, weights, args.checkpoint)
         except ValueError as error:
             parser.error(str(error))
         metrics = runner.test()

@@ -20,7 +20,7 @@ def main():
     )
     args = parser.parse_args()
     with missing_files():
-        cfg = load_config(args)
+        cfg = load_config(parser, args)
         if args.resume:
             if args.resume != 'auto' and '://' not in args.resume and not os.path.isfile(args.resume):
                 parser.error(f'--resume: there is no checkpoint {args.resume}')

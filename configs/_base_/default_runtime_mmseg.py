@@ -1,7 +1,7 @@
 # What mmsegmentation's own default_runtime.py sets. mmengine does not resolve `mmseg::` beside the maintained packages.
 default_scope = 'mmseg'
 env_cfg = dict(
-    cudnn_benchmark=False,
+    cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
@@ -14,6 +14,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
+log_processor = dict(by_epoch=False)
 log_level = 'INFO'
 load_from = None
 resume = False

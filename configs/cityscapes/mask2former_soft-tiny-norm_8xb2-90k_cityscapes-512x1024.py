@@ -33,11 +33,10 @@ train_pipeline = [
 train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 
 # What mmsegmentation's Mask2Former with Swin backbones sets. The longest key that matches decides, so the norms of the
-# backbone are named: `backbone` alone would let them decay.
-depths = (1, 2, 3, 2)
+# backbone are named: `backbone` alone would let them decay. The deepest stage of all archs has 49 blocks.
 no_decay = dict(decay_mult=0.0)
 slow_no_decay = dict(lr_mult=0.1, decay_mult=0.0)
-custom_keys = {f'backbone.stages.{i}.blocks.{j}.norm': slow_no_decay for i in range(4) for j in range(depths[i])}
+custom_keys = {f'backbone.stages.{i}.blocks.{j}.norm': slow_no_decay for i in range(4) for j in range(49)}
 custom_keys.update({f'backbone.stages.0.patch_embed.{layer}.': slow_no_decay for layer in (1, 4, 7)})
 custom_keys.update({f'backbone.stages.{i}.patch_embed.1.': slow_no_decay for i in (1, 2, 3)})
 custom_keys.update(

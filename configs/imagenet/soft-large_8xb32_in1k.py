@@ -10,7 +10,7 @@ lr = 3.3e-4 * 8 * 32 / 1024
 model = dict(backbone=dict(arch='large'))
 train_dataloader = dict(batch_size=32)
 optim_wrapper = dict(optimizer=dict(lr=lr))
-# Warm-up starts at 1e-6 whatever the batch.
+# Warm-up starts at 1e-6.
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6 / lr, by_epoch=True, begin=0, end=10, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min=5e-5, by_epoch=True, begin=10, end=300),

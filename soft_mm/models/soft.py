@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.checkpoints import read_checkpoint
+from soft_mm.checkpoints import load_weights
 from soft_mm.ops.kernel import is_compiling
 from soft_mm.registry import MODELS
 
@@ -401,10 +400,7 @@ class SOFT(BaseModule):
                 f'init_cfg names the checkpoint {path!r}, which does not exist. Weights of the authors are converted '
                 f'by `python tools/convert_checkpoint.py SRC {path}`; init_cfg=None trains without'
             )
-        if path.endswith('.safetensors'):
-            loaded = read_checkpoint(path)
-        else:
-            loaded = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+        loaded = load_weights(path)
         self._load_pretrained(loaded.get('state_dict', loaded), prefix, path)
         self._is_init = True
 
@@ -412,6 +408,11 @@ class SOFT(BaseModule):
         if prefix and not prefix.endswith('.'):
             prefix += '.'
         found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if any(key.removeprefix('module.').startswith('block1.') for key in state_dict):
+            raise ValueError(
+                f"{path} has the names of the authors' code: convert it by `python tools/convert_checkpoint.py {path} "
+                'converted.pth`'
+            )
         target = self.state_dict()
         missing = [key for key in target if key not in found]
         # Stages that out_indices does not ask for are not built.
