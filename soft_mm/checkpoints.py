@@ -5,9 +5,11 @@ import codecs
 import contextlib
 import math
 import os
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -163,15 +165,13 @@ class Conversion:
     beside: tuple
 
 
-def read_checkpoint(path, trained=False):
+def read_checkpoint(path):
     """Read a checkpoint file without running code from it.
 
     Of what a pickle may hold beside tensors, ``argparse.Namespace`` alone is admitted.
 
     Args:
         path (str | Path): a file of PyTorch, or of safetensors where its name ends so.
-        trained (bool): admit what mmengine's runner saves as well, arrays of NumPy and the history of its logs.
-            Defaults to False.
 
     Returns:
         dict: what the file holds.
@@ -180,6 +180,36 @@ def read_checkpoint(path, trained=False):
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint, is cut off, or holds code, or if safetensors is not installed.
     """
+    return _read(path, _load_weights_only)
+
+
+def load_weights(path):
+    """Read what a backbone or a model starts from: a file, without running code from it, or an address, which is left
+    to mmengine.
+
+    Beside tensors, a file may hold what mmengine's runner saves: arrays of NumPy and the history of its logs. They are
+    not built, nothing but their names is looked at.
+
+    Args:
+        path (str): file of mmengine or of :func:`save_conversion`, or an address.
+
+    Returns:
+        dict: what the file holds; in the place of what was not built stand objects without content.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as :func:`read_checkpoint`; for an address of a file of safetensors.
+    """
+    if '://' not in path:
+        return _read(path, _load_without_history)
+    if path.endswith('.safetensors'):
+        raise ValueError(f'{path} is an address of safetensors, which mmengine does not read: download the file')
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+
+
+def _read(path, load):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist')
@@ -194,8 +224,7 @@ def read_checkpoint(path, trained=False):
         except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(f'{path} cannot be read as safetensors, it may be cut off: {error}') from None
     try:
-        with _admitted([argparse.Namespace, *(_globals_of_mmengine() if trained else ())]):
-            loaded = torch.load(path, map_location='cpu', weights_only=True)
+        loaded = load(path)
     except Exception as error:
         # What the bytes of another file make the unpickler stumble over is any exception.
         if match := re.search(r'(?:unsupported global: )?GLOBAL [\w.]+|unrecognized function', str(error), re.I):
@@ -209,51 +238,70 @@ def read_checkpoint(path, trained=False):
     return loaded
 
 
-def load_weights(path):
-    """Read what a backbone or a model starts from: a file, without running code from it, or an address.
-
-    An address is left to mmengine, and so is a file before PyTorch 2.4, which cannot admit what mmengine saves.
-
-    Args:
-        path (str): file of mmengine or of :func:`save_conversion`, or an address.
-
-    Returns:
-        dict: what the file holds.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: as :func:`read_checkpoint`; for an address of a file of safetensors.
-    """
-    remote = '://' in path
-    if remote and path.endswith('.safetensors'):
-        raise ValueError(f'{path} is an address of safetensors, which mmengine does not read: download the file')
-    if remote or not (path.endswith('.safetensors') or hasattr(torch.serialization, 'add_safe_globals')):
-        from mmengine.runner.checkpoint import CheckpointLoader
-
-        return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
-    return read_checkpoint(path, trained=True)
-
-
-def _globals_of_mmengine():
-    """What the pickles of mmengine's runner name: the history of its logs, which are arrays of NumPy."""
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
-
-    functions = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
-    dtypes = {type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')}
-    # NumPy 2 reads what NumPy 1 wrote under another name, and PyTorch takes names from 2.6 on.
-    named = tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 6)
-    aliases = [(function, f'numpy.core.multiarray.{function.__name__}') for function in functions if named]
-    return [HistoryBuffer, np.ndarray, np.dtype, codecs.encode, *functions, *aliases, *dtypes]
-
-
-def _admitted(names):
-    """Admits names to safe loading: for a while, or before PyTorch 2.5 for good."""
+def _load_weights_only(path):
     if hasattr(torch.serialization, 'safe_globals'):
-        return torch.serialization.safe_globals(names)
-    if hasattr(torch.serialization, 'add_safe_globals'):
-        torch.serialization.add_safe_globals(names)
-    return contextlib.nullcontext()
+        admitted = torch.serialization.safe_globals([argparse.Namespace])
+    else:
+        admitted = contextlib.nullcontext()
+        # Of PyTorch 2.4; before it the files that hold one are refused.
+        getattr(torch.serialization, 'add_safe_globals', lambda names: None)([argparse.Namespace])
+    with admitted:
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+class _Unbuilt:
+    """Stands where a checkpoint has what is not needed: takes what a pickle does to an object, and keeps nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class _History(_Unbuilt):
+    """Stands for mmengine's HistoryBuffer."""
+
+
+def _attribute(owner, name):
+    # mmengine pickles the names of statistics as getattr(HistoryBuffer, 'mean'); anything else might lead to code.
+    if owner is not _History or name not in ('mean', 'max', 'min', 'current'):
+        raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name}')
+    return _Unbuilt
+
+
+_TENSORS = {'collections.OrderedDict', 'torch.Size', 'torch.device', 'torch.serialization._get_layout'} | {
+    f'torch._utils.{name}' for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter')
+}
+_NOT_BUILT = {
+    'argparse.Namespace': _Unbuilt,
+    '_codecs.encode': _Unbuilt,
+    'mmengine.logging.history_buffer.HistoryBuffer': _History,
+    **dict.fromkeys(('__builtin__.getattr', 'builtins.getattr'), _attribute),
+    **dict.fromkeys(('numpy.ndarray', 'numpy.dtype'), _Unbuilt),
+    **{
+        f'numpy.{core}.multiarray.{name}': _Unbuilt for core in ('core', '_core') for name in ('_reconstruct', 'scalar')
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        full = f'{module}.{name}'
+        if full in _NOT_BUILT:
+            return _NOT_BUILT[full]
+        if full in _TENSORS or (module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'GLOBAL {full}')
+
+
+def _load_without_history(path):
+    module = SimpleNamespace(
+        __name__='soft_mm.checkpoints',
+        Unpickler=_Unpickler,
+        load=lambda *args, **options: _Unpickler(*args, **options).load(),
+    )
+    return torch.load(path, map_location='cpu', weights_only=False, pickle_module=module)
 
 
 def import_safetensors(path):

@@ -63,8 +63,8 @@ def missing_files():
     try:
         yield
     except FileNotFoundError as error:
-        # The registry puts the class before the message.
-        hint = '; set the data_root of its data sets' if 'Dataset' in str(error) else ''
+        # Weights are named with what to do about them.
+        hint = '' if 'init_cfg' in str(error) else '; if it is of a data set, set the data_root of the config'
         sys.exit(f'{error}{hint}')
 
 

@@ -21,7 +21,10 @@ CORE = dict(grid=(24, 20), module=dict(embed_dims=64, num_heads=2, ratio=4, conv
 
 
 def weight(key, shape, regime):
-    """The value of one tensor of the authors' state dict by the rule of the fixtures, as float32 or int64."""
+    """The value of one tensor of the authors' state dict by the rule of the fixtures, as float32, float64 or int64.
+
+    Products and quotients with numbers of NumPy are of float64, and stayed so in the authors' run in float64.
+    """
     if 'num_batches_tracked' in key:
         return torch.ones(shape, dtype=torch.int64)
     r = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
@@ -30,7 +33,7 @@ def weight(key, shape, regime):
     elif 'running_mean' in key:
         value = 0.1 * r
     elif len(shape) >= 2 and 'pos_embed' not in key and 'cls_token' not in key:
-        value = r / np.sqrt(np.prod(shape[1:]))
+        value = r.astype(np.float64) / np.sqrt(np.prod(shape[1:]))
     elif key.endswith('weight'):
         value = 1 + 0.1 * r
     elif 'pos_embed' in key or 'cls_token' in key:
@@ -38,8 +41,8 @@ def weight(key, shape, regime):
     else:
         value = 0.05 * r
     if regime == 'flat' and key.endswith(('Qnorm_act.0.weight', 'W_q.weight', 'W_q.bias')):
-        value = 0.7 * value
-    return torch.from_numpy(np.asarray(value, dtype=np.float32))
+        value = 0.7 * value.astype(np.float64)
+    return torch.from_numpy(np.asarray(value))
 
 
 def core_weights(regime):
@@ -94,5 +97,5 @@ def reduced_model(kind, regime, dtype=torch.float32, **kwargs):
     attention = dict(normalized=kind == 'norm', **kwargs.pop('attention', {}))
     model = Classifier(SOFT(REDUCED_ARCH, attention=attention, out_type='cls_token', **kwargs), NUM_CLASSES)
     shapes = {key: tuple(value.shape) for key, value in to_official(model.state_dict()).items()}
-    model.load_state_dict(from_official({key: weight(key, shape, regime) for key, shape in shapes.items()}))
-    return model.to(dtype).eval()
+    model.to(dtype).load_state_dict(from_official({key: weight(key, shape, regime) for key, shape in shapes.items()}))
+    return model.eval()

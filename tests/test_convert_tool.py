@@ -313,6 +313,7 @@ def test_converted_model_computes_what_the_authors_do(tmp_path, kind, regime, su
     source, target = tmp_path / 'reduced.pth', tmp_path / f'ours{suffix}'
     shapes = {key: value.shape for key, value in to_official(reduced_model(kind, regime).state_dict()).items()}
     theirs = {key: weight(key, tuple(shape), regime) for key, shape in shapes.items()}
+    theirs = {key: value.float() if value.is_floating_point() else value for key, value in theirs.items()}
     torch.save(
         dict(model=theirs, args=argparse.Namespace(model='soft_norm_tiny' if kind == 'norm' else 'soft_tiny')), source
     )

@@ -19,9 +19,9 @@ def main():
         parser.error(f'there is no checkpoint {args.checkpoint}')
     with missing_files():
         try:
+            cfg = load_config(parser, args)
             # Before the runner reads it, which would run code from it.
             weights = load_whole_model(args.checkpoint)
-            cfg = load_config(parser, args)
             cfg.load_from = args.checkpoint
             # The checkpoint has every weight.
             cfg.model.backbone.init_cfg = None
