@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
+from mmengine.registry import init_default_scope
 
 from soft_mm.checkpoints import load_weights
 
@@ -107,6 +108,8 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
     scope = cfg.get('default_scope')
     if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
         raise ValueError(f'{config} has default_scope {scope!r}; mmpretrain, mmdet and mmseg have predictions to draw')
+    # Another toolbox may have been used in this process.
+    init_default_scope(scope)
     # The checkpoint has every weight.
     cfg.model.backbone.init_cfg = None
     if scope == 'mmpretrain':

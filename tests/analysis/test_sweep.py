@@ -117,14 +117,14 @@ def test_sweep_measures():
 
 def test_what_fails_is_a_row_and_the_sweep_goes_on():
     contenders = [parse_contender(text) for text in ('attn-softmax-plain', 'attn-soft')]
-    options = SweepOptions(repeats=2, seconds=1, max_memory=1)
+    options = SweepOptions(repeats=2, seconds=1, max_memory=1, memory=False)
     rows = run_sweep(contenders, [(64, 64), (1024, 1024), (2048, 2048)], options)
     assert [row['status'] for row in rows] == ['ok', 'out of memory', 'not tried', 'ok', 'ok', 'ok']
-    slow = run_sweep(contenders[1:], [(64, 64)], SweepOptions(time_limit=0.01))
+    slow = run_sweep(contenders[1:], [(64, 64)], SweepOptions(time_limit=0.01, memory=False))
     assert [row['status'] for row in slow] == ['over the time limit']
-    wrong = run_sweep([parse_contender('mmdet.ResNext')], [(64, 64)], QUICK)
+    wrong = run_sweep([parse_contender('mmdet.ResNext')], [(64, 64)], options)
     assert wrong[0]['status'] == 'error' and 'mmdet.ResNext is not in the registry' in wrong[0]['message']
-    small = run_sweep([parse_contender('soft-tiny')], [(16, 16), (64, 64)], QUICK)
+    small = run_sweep([parse_contender('soft-tiny')], [(16, 16), (64, 64)], options)
     assert [row['status'] for row in small] == ['error', 'ok']
 
 
@@ -156,7 +156,7 @@ def test_tool_writes_its_files(tmp_path, environment):
         '64',
         '64x128',
     ]
-    command += ['--repeats', '2', '--train', '--peer', 'attn-softmax-fused']
+    command += ['--repeats', '2', '--train', '--no-memory', '--peer', 'attn-softmax-fused']
     for kind, path in files.items():
         command += [f'--{kind}', str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
