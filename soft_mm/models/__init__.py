@@ -1,6 +1,23 @@
 """The SOFT backbone and its parts as modules; needs torch and mmengine."""
 
 from .attention import SoftmaxFreeAttention
+from .rivals import (
+    GaussianKernelAttention,
+    LinformerAttention,
+    NystromAttention,
+    PerformerAttention,
+    SoftmaxAttention,
+    SpatialReductionAttention,
+)
 from .soft import SOFT
 
-__all__ = ['SOFT', 'SoftmaxFreeAttention']
+__all__ = [
+    'SOFT',
+    'GaussianKernelAttention',
+    'LinformerAttention',
+    'NystromAttention',
+    'PerformerAttention',
+    'SoftmaxAttention',
+    'SoftmaxFreeAttention',
+    'SpatialReductionAttention',
+]

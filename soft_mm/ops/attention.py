@@ -3,10 +3,10 @@
 import torch.nn.functional as F
 
 from .blockwise import blockwise_attention
-from .inverse import newton_inverse, newton_inverse_per_image, ridge_matrix
+from .inverse import newton_inverse, newton_inverse_per_image, pseudo_inverse, ridge_matrix
 from .kernel import compute_dtype, gaussian_kernel
 
-SOLVERS = ('newton', 'cholesky')
+SOLVERS = ('newton', 'cholesky', 'svd')
 NEWTON_BACKWARDS = ('one_step', 'exact')
 
 
@@ -53,8 +53,8 @@ def softmax_free_attention(
         q (Tensor): queries, which are the keys too, ``(B, h, n, d)``.
         landmarks (Tensor): ``(B, h, m, d)``.
         v (Tensor): values ``(B, h, n, d_v)``.
-        solver (str): ``'newton'``, the authors' truncated iterations on ``A + ridge * I``, or ``'cholesky'``, its
-            inverse.
+        solver (str): ``'newton'``, the authors' truncated iterations on ``A + ridge * I``; ``'cholesky'``, its
+            inverse; or ``'svd'``, the pseudo-inverse of ``A``, the exact yardstick.
         newton_iterations (int): see :func:`~soft_mm.ops.newton_inverse`.
         newton_backward (str): see :func:`~soft_mm.ops.newton_inverse`.
         ridge (float): see there.
@@ -69,6 +69,8 @@ def softmax_free_attention(
     check_solver(solver, newton_iterations, newton_backward)
     if solver == 'cholesky':
         return blockwise_attention(q, landmarks, v, _kernel_and_ridge_matrix(landmarks, ridge)[1], True, scale)
+    if solver == 'svd':
+        return blockwise_attention(q, landmarks, v, pseudo_inverse(landmarks)[0], scale=scale)
     kernel = gaussian_kernel(landmarks, landmarks)
     inverse = newton_inverse(kernel, newton_iterations, ridge, newton_backward)
     return blockwise_attention(q, landmarks, v, inverse, scale=scale)
@@ -92,7 +94,7 @@ def normalized_softmax_free_attention(
         landmarks (Tensor): ``(B, h, m, d)``.
         v (Tensor): ``(B, h, n, d_v)``.
         solver (str): ``'newton'``, the authors' truncated iterations without a ridge and with one step size per
-            image, or ``'cholesky'``, the inverse of ``A + ridge * I``.
+            image; ``'cholesky'``, the inverse of ``A + ridge * I``; or ``'svd'``, the pseudo-inverse of ``A``.
         newton_iterations (int): number of iterations of ``'newton'``, which is differentiated through.
         ridge (float): of ``'cholesky'``.
         degree_scale (float): multiplies ``D``: how many landmarks each of the given ones stands for.
@@ -108,8 +110,12 @@ def normalized_softmax_free_attention(
     if solver == 'cholesky':
         kernel, matrix = _kernel_and_ridge_matrix(landmarks, ridge)
         return blockwise_attention(q, landmarks, v, matrix * _degree_roots(kernel, degree_scale), True, scale)
-    kernel = gaussian_kernel(landmarks, landmarks)
-    inverse = newton_inverse_per_image(kernel, newton_iterations) / _degree_roots(kernel, degree_scale)
+    if solver == 'svd':
+        inverse, kernel = pseudo_inverse(landmarks)
+    else:
+        kernel = gaussian_kernel(landmarks, landmarks)
+        inverse = newton_inverse_per_image(kernel, newton_iterations)
+    inverse = inverse / _degree_roots(kernel, degree_scale)
     return blockwise_attention(q, landmarks, v, inverse, scale=scale)
 
 
@@ -119,7 +125,7 @@ def local_branch(v, grid, weight):
     Args:
         v (Tensor): values as tokens ``(B, n, C)``, the channels of a head side by side.
         grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
-        weight (Tensor): ``(h, 1, c, c)`` with ``c`` odd.
+        weight (Tensor): ``(h, 1, c, c)`` with ``c`` odd, ``(h, 1, 1, c)`` for a sequence, whose grid is ``(1, n)``.
 
     Returns:
         Tensor: ``(B, n, C)``.
@@ -127,5 +133,6 @@ def local_branch(v, grid, weight):
     channels = v.shape[-1]
     maps = v.unflatten(1, grid).permute(0, 3, 1, 2)
     filters = weight.repeat_interleave(channels // weight.shape[0], dim=0)
-    out = F.conv2d(maps, filters, padding=weight.shape[-1] // 2, groups=channels)
+    padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
+    out = F.conv2d(maps, filters, padding=padding, groups=channels)
     return out.permute(0, 2, 3, 1).flatten(1, 2)

@@ -1,8 +1,9 @@
-"""Inverses of the landmark kernel ``A``: truncated Newton iterations, and the ridge inverse solved directly."""
+"""Inverses of the landmark kernel ``A``: truncated Newton iterations, the ridge inverse solved directly, and the exact
+pseudo-inverse."""
 
 import torch
 
-from .kernel import compute_dtype, without_autocast
+from .kernel import compute_dtype, gaussian_kernel, without_autocast
 
 
 def add_ridge(kernel, ridge):
@@ -103,6 +104,22 @@ def newton_inverse_per_image(kernel, iterations=20):
         # The first candidate that is small enough, else the last one.
         halving = 0.5 ** too_large[:, :-1].to(kernel.dtype).cumprod(1).sum(1)
     return _iterate(kernel, (step * halving)[:, None, None, None] * kernel, iterations)
+
+
+@without_autocast
+def pseudo_inverse(landmarks):
+    """Moore-Penrose inverse of the kernel between landmarks, taken in float64 by its singular values: what the other
+    inverses approximate, at many times their cost.
+
+    Args:
+        landmarks (Tensor): ``(..., m, d)``.
+
+    Returns:
+        tuple[Tensor, Tensor]: the inverse and the kernel, each ``(..., m, m)`` in float32 or wider.
+    """
+    kernel = gaussian_kernel(landmarks.double(), landmarks.double())
+    dtype = compute_dtype(landmarks)
+    return torch.linalg.pinv(kernel, hermitian=True).to(dtype), kernel.to(dtype)
 
 
 def safe_ridge(kernel, ridge, square_norm=0.0):

@@ -19,24 +19,25 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
     Args:
         q (Tensor): scaled queries ``(B, h, n, d)`` with ``n = H * W``.
         grid (tuple[int, int]): ``(H, W)``.
-        weight (Tensor): ``(d, d, r, r)``, kernel and stride ``r``, shared by the heads.
+        weight (Tensor): ``(d, d, r, r)``, kernel and stride ``r``, shared by the heads; ``(d, d, 1, r)`` for a
+            sequence, whose grid is ``(1, n)``.
         norm_weight (Tensor): ``(d,)``.
         norm_bias (Tensor): ``(d,)``.
         eps (float): of the LayerNorm.
 
     Returns:
         tuple[Tensor, tuple[int, int]]: landmarks ``(B, h, m, d)`` in float32 or wider, and their grid
-        ``(max(H // r, 1), max(W // r, 1))``.
+        ``(max(H // r, 1), max(W // r, 1))``, for a sequence ``(1, max(n // r, 1))``.
     """
-    (B, heads, _, d), (H, W), r = q.shape, grid, weight.shape[-1]
-    out_h, out_w = max(H // r, 1), max(W // r, 1)
+    (B, heads, _, d), (H, W), (rows, columns) = q.shape, grid, weight.shape[-2:]
+    out_h, out_w = max(H // rows, 1), max(W // columns, 1)
     dtype = compute_dtype(q)
     maps = q.to(dtype).reshape(B, heads, H, W, d)
-    for dim, side in ((2, H), (3, W)):
+    for dim, side, r in ((2, H, rows), (3, W, columns)):
         if side < r:
             maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
-    patches = maps[:, :, : out_h * r, : out_w * r].reshape(B, heads, out_h, r, out_w, r, d)
-    patches = patches.transpose(3, 4).reshape(B, heads, out_h * out_w, r * r * d)
+    patches = maps[:, :, : out_h * rows, : out_w * columns].reshape(B, heads, out_h, rows, out_w, columns, d)
+    patches = patches.transpose(3, 4).reshape(B, heads, out_h * out_w, rows * columns * d)
     tokens = F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1))
     tokens = F.layer_norm(tokens, (d,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
     return F.gelu(tokens), (out_h, out_w)
@@ -81,10 +82,45 @@ def pool_landmarks(landmarks, grid, max_landmarks):
         tuple[Tensor, float]: ``(B, h, m, d)``, and ``M / m``, the number of landmarks that one of them now stands
         for. With ``M <= max_landmarks`` the very tensor that was given, and 1.
     """
-    B, heads, count, d = landmarks.shape
+    count = landmarks.shape[2]
     if max_landmarks is None or count <= max_landmarks:
         return landmarks, 1.0
-    maps = landmarks.reshape(B * heads, *grid, d).permute(0, 3, 1, 2)
-    pooled = F.adaptive_avg_pool2d(maps, pooled_grid(grid, max_landmarks))
-    pooled = pooled.flatten(2).transpose(1, 2).reshape(B, heads, -1, d)
+    pooled = mean_landmarks(landmarks, grid, pooled_grid(grid, max_landmarks))
     return pooled, count / pooled.shape[2]
+
+
+def mean_landmarks(tokens, grid, out_grid):
+    """Means of tokens over the cells of a coarser grid: segments of a sequence, whose grid is ``(1, n)``.
+
+    Args:
+        tokens (Tensor): ``(B, h, n, d)``.
+        grid (tuple[int, int]): their grid.
+        out_grid (tuple[int, int]): grid of the landmarks.
+
+    Returns:
+        Tensor: ``(B, h, m, d)``; the very tensor that was given where the grids are the same.
+    """
+    if tuple(grid) == tuple(out_grid):
+        return tokens
+    B, heads, _, d = tokens.shape
+    maps = tokens.reshape(B * heads, *grid, d).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(maps, out_grid).flatten(2).transpose(1, 2).reshape(B, heads, -1, d)
+
+
+def random_landmarks(q, count, generator=None):
+    """Tokens drawn without replacement, the same of every head and image (SOFT, ablation of the sampling).
+
+    Args:
+        q (Tensor): ``(B, h, n, d)``.
+        count (int): how many, at most ``n``.
+        generator (torch.Generator | None): of the CPU. Defaults to None, PyTorch's own on the device of ``q``.
+
+    Returns:
+        Tensor: ``(B, h, count, d)``.
+    """
+    n = q.shape[2]
+    if generator is None:
+        order = torch.randperm(n, device=q.device)
+    else:
+        order = torch.randperm(n, generator=generator).to(q.device)
+    return q.index_select(2, order[:count])

@@ -371,15 +371,16 @@ BAD_OPTIONS = [
     (
         dict(attention=dict(type='FlashAttention9')),
         ValueError,
-        r"'FlashAttention9' is unknown or does not take .*; choose one of \['SoftmaxFreeAttention'\]",
+        r"'FlashAttention9' is unknown; choose one of \['GaussianKernelAttention', .*'SoftmaxFreeAttention', ",
     ),
+    (dict(attention=dict(type='soft_mm.SOFT')), ValueError, "'soft_mm.SOFT' does not take .*; choose one of"),
     (
         dict(attention=dict(normalised=True)),
         TypeError,
         r"\['normalised'\] are unknown to SoftmaxFreeAttention; allowed are",
     ),
     (dict(attention=dict(embed_dims=3)), TypeError, r"\['embed_dims'\] are unknown"),
-    (dict(attention=dict(solver='svd')), ValueError, "solver='svd' is unknown; choose one of"),
+    (dict(attention=dict(solver='lu')), ValueError, "solver='lu' is unknown; choose one of"),
     (dict(attention=dict(newton_backward='none')), ValueError, "newton_backward='none' is unknown"),
     (dict(attention=dict(newton_iterations=2.5)), ValueError, 'newton_iterations=2.5 must be'),
     (dict(attention=dict(max_landmarks=0)), ValueError, 'max_landmarks=0 must be None'),

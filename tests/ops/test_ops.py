@@ -379,7 +379,7 @@ def test_local_branch(grid, size, dtype):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(solver='svd2'), r"solver='svd2' is unknown; choose one of \('newton', 'cholesky'\)"),
+        (dict(solver='svd2'), r"solver='svd2' is unknown; choose one of \('newton', 'cholesky', 'svd'\)"),
         (dict(newton_backward='two_step'), r"newton_backward='two_step' is unknown"),
         (dict(newton_iterations=0), 'newton_iterations=0 must be a whole number from 1 up'),
     ],
