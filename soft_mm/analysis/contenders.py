@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from soft_mm.models import SoftmaxFreeAttention
+from soft_mm.models import GaussianKernelAttention, SoftmaxFreeAttention, SpatialReductionAttention
+from soft_mm.models.attention import build_attention
 from soft_mm.ops import reference
 
 from .variants import VARIANTS, apply_variant
@@ -32,8 +33,8 @@ BACKBONES = {
     'twins-svt-small': dict(type='mmpretrain.SVT', arch='small', out_indices=(0, 1, 2, 3)),
     'deit-tiny': dict(type='mmpretrain.VisionTransformer', arch='deit-tiny', out_type='featmap'),
 }
-#: Operators by short name: the options of ``SoftmaxFreeAttention``; without any, the authors' plain form by the
-#: formulae of :mod:`soft_mm.ops.reference`, and the softmax attention of PyTorch.
+#: Operators by short name: config of an attention, that of SOFT where it has no type; without any, the authors' plain
+#: form by the formulae of :mod:`soft_mm.ops.reference`, and the softmax attention of PyTorch.
 OPERATORS = {
     'attn-soft': dict(solver='cholesky', max_landmarks=49),
     'attn-soft-norm': dict(solver='cholesky', max_landmarks=49, normalized=True),
@@ -42,6 +43,12 @@ OPERATORS = {
     'attn-soft-unbounded': dict(solver='cholesky'),
     'attn-soft-authors': dict(),
     'attn-soft-authors-norm': dict(normalized=True),
+    'attn-linformer': dict(type='LinformerAttention'),
+    'attn-performer': dict(type='PerformerAttention'),
+    'attn-nystrom': dict(type='NystromAttention'),
+    'attn-spatial-reduction': dict(type='SpatialReductionAttention'),
+    # That n x n numbers are held is what is to be seen.
+    'attn-gaussian': dict(type='GaussianKernelAttention', max_tokens=2**20),
     'attn-soft-reference': None,
     'attn-softmax-fused': None,
     'attn-softmax-plain': None,
@@ -95,7 +102,7 @@ def parse_contender(text):
         contender = Contender(text, base, 'operator', dict(given or {}, **options), variant)
         if given is not None:
             _check_operator(contender)
-        elif variant:
+        if variant and (given is None or 'type' in given):
             raise ValueError(f'{text!r}: {base} has no variants, only the operators of SOFT have')
         return contender
     if base in BACKBONES:
@@ -125,7 +132,7 @@ def parse_contender(text):
 def _check_operator(contender):
     try:
         with torch.device('meta'):
-            SoftmaxFreeAttention(1, 1, **_SHAPE, **contender.config)
+            build_attention(contender.config, 1, 1, **_SHAPE)
     except (TypeError, ValueError) as error:
         raise ValueError(f'{contender.name!r}: {error}') from None
 
@@ -203,9 +210,16 @@ def _build_operator(contender, size, batch_size, device, heads, head_dims, train
         return F.scaled_dot_product_attention, (q, k, v), ()
     if contender.base == 'attn-softmax-plain':
         return _plain_softmax_attention, (q, k, v), ()
-    module = SoftmaxFreeAttention(heads * head_dims, heads, **_SHAPE, **contender.config).to(device)
-    attend = _reference_attention if contender.base == 'attn-soft-reference' else SoftmaxFreeAttention.attend
-    return lambda q, v: attend(module, q, v, grid), (q, v), tuple(module.parameters())
+    module = build_attention(contender.config, heads * head_dims, heads, **_SHAPE).to(device).train(train)
+    if contender.base == 'attn-soft-reference':
+        return lambda q, v: _reference_attention(module, q, v, grid), (q, v), tuple(module.parameters())
+    if isinstance(module, (SoftmaxFreeAttention, GaussianKernelAttention)):
+        inputs = (q, v)
+    elif isinstance(module, SpatialReductionAttention):
+        inputs = (q, k.detach().transpose(1, 2).flatten(2).requires_grad_(train))
+    else:
+        inputs = (q, k, v)
+    return lambda *inputs: module.attend(*inputs, grid), inputs, tuple(module.parameters())
 
 
 def _reference_attention(module, q, v, grid):

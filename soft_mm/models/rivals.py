@@ -41,8 +41,14 @@ class _Attention(BaseModule):
     def forward(self, x, grid):
         """Tokens ``(B, n, C)`` on ``grid`` in, tokens ``(B, n, C)`` out."""
         grid = as_map(grid, self.grid_dims, x.shape[1])
-        q, k, v = (_split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return self.proj(self.attend(q, k, v, grid).transpose(1, 2).reshape(x.shape))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        heads = (_split_heads(part, self.num_heads) for part in (q, k, v))
+        out = self.attend(*heads, grid).transpose(1, 2).reshape(x.shape)
+        return self.proj(out + self.beside(v, grid))
+
+    def beside(self, v, grid):
+        """What is added to the attention's output before the projection, of values ``(B, n, C)``: nothing."""
+        return 0
 
 
 @MODELS.register_module()
@@ -192,9 +198,10 @@ class NystromAttention(_Attention):
     def attend(self, q, k, v, grid):
         coarse = ops.pooled_grid(grid, self.num_landmarks)
         landmarks = (ops.mean_landmarks(tokens, grid, coarse) for tokens in (q, k))
-        out = ops.nystrom_attention(q, k, v, *landmarks, self.iterations)
-        local = ops.local_branch(v.transpose(1, 2).flatten(2), grid, self.local.weight)
-        return out + _split_heads(local, self.num_heads)
+        return ops.nystrom_attention(q, k, v, *landmarks, self.iterations)
+
+    def beside(self, v, grid):
+        return ops.local_branch(v, grid, self.local.weight)
 
 
 @MODELS.register_module()
@@ -226,13 +233,22 @@ class SpatialReductionAttention(BaseModule):
     def forward(self, x, grid):
         """Tokens ``(B, n, C)`` on ``grid`` in, tokens ``(B, n, C)`` out."""
         grid = as_map(grid, self.grid_dims, x.shape[1])
+        return self.proj(self.attend(_split_heads(self.q(x), self.num_heads), x, grid).transpose(1, 2).reshape(x.shape))
+
+    def reduce(self, x, grid):
+        """Keys and values ``(B, h, m, d)`` of the coarser grid, and that grid, of tokens ``(B, n, C)`` on a map."""
         maps = x.transpose(1, 2).unflatten(2, grid)
         size = tuple(max(side, least) for side, least in zip(grid, self.reduction.kernel_size))
         if size != grid:
             maps = F.interpolate(maps, size=size, mode='nearest')
-        reduced = self.norm(self.reduction(maps).flatten(2).transpose(1, 2))
-        q, k, v = (_split_heads(part, self.num_heads) for part in (self.q(x), *self.kv(reduced).chunk(2, dim=-1)))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        maps = self.reduction(maps)
+        reduced = self.norm(maps.flatten(2).transpose(1, 2))
+        return *(_split_heads(part, self.num_heads) for part in self.kv(reduced).chunk(2, dim=-1)), maps.shape[-2:]
+
+    def attend(self, q, x, grid):
+        """Queries ``(B, h, n, d)`` and the tokens whose keys and values they attend to, on a map, in."""
+        k, v, _ = self.reduce(x, grid)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 @MODELS.register_module()
@@ -270,14 +286,16 @@ class GaussianKernelAttention(BaseModule):
         Raises:
             ValueError: for more tokens than ``max_tokens``.
         """
-        n = x.shape[1]
+        grid = as_map(grid, self.grid_dims, x.shape[1])
+        q, v = self.qv(x).chunk(2, dim=-1)
+        out = self.attend(_split_heads(q, self.num_heads), _split_heads(v, self.num_heads), grid)
+        return self.proj(out.transpose(1, 2).reshape(x.shape) + ops.local_branch(v, grid, self.local.weight))
+
+    def attend(self, q, v, grid):
+        n = q.shape[2]
         if n > self.max_tokens:
             raise ValueError(
                 f'GaussianKernelAttention: {n} tokens are more than max_tokens={self.max_tokens}; the kernel would '
                 f'hold {n}x{n} numbers a head. Give smaller images, another attention, or a larger max_tokens'
             )
-        grid = as_map(grid, self.grid_dims, n)
-        q, v = self.qv(x).chunk(2, dim=-1)
-        scale = (x.shape[2] // self.num_heads) ** -0.25
-        out = ops.gaussian_attention(_split_heads(q, self.num_heads) * scale, _split_heads(v, self.num_heads))
-        return self.proj(out.transpose(1, 2).reshape(x.shape) + ops.local_branch(v, grid, self.local.weight))
+        return ops.gaussian_attention(q * q.shape[-1] ** -0.25, v)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from soft_mm.analysis import contenders, sweep
+from soft_mm.analysis.complexity import count_multiply_adds
 from soft_mm.analysis.contenders import BACKBONES, build_step, parse_contender
 from soft_mm.analysis.sweep import SweepOptions, growth_exponents, run_sweep
 
@@ -38,7 +39,9 @@ def test_contenders_are_read():
         ('nowhere.py', "'nowhere.py' is unknown"),
         ('soft-tiny:arch', "option 'arch' must have the form key=value"),
         ('attn-softmax-fused:heads=3', 'takes no options'),
-        ('attn-soft:landmarks=3', "'attn-soft:landmarks=3': .*unexpected keyword argument 'landmarks'"),
+        ('attn-soft:landmarks=3', r"'attn-soft:landmarks=3': attention keys \['landmarks'\] are unknown"),
+        ('attn-nystrom:num_features=3', r"keys \['num_features'\] are unknown to NystromAttention"),
+        ('attn-nystrom@held-kernel', 'attn-nystrom has no variants'),
         ('attn-soft:solver=qr', "'attn-soft:solver=qr': solver='qr' is unknown"),
         ('attn-softmax-fused@held-kernel', 'attn-softmax-fused has no variants'),
         ('swin-tiny@held-kernel', 'mmdet.SwinTransformer has no variants'),
@@ -60,6 +63,13 @@ def test_unknown_contenders_are_named(text, message):
 def test_contenders_that_cannot_be_built_are_named(text, message):
     with pytest.raises(ValueError, match=message):
         build_step(parse_contender(text), (64, 64), 1, False, 'cpu')
+
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('name', [name for name, config in contenders.OPERATORS.items() if 'type' in (config or {})])
+def test_rivals_take_a_step(name, train):
+    step = build_step(parse_contender(name), (52, 80), 1, train, 'cpu', head_dims=8)
+    assert count_multiply_adds(step) > 0
 
 
 def test_plain_formulae_compute_what_the_operator_computes():

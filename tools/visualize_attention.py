@@ -1,0 +1,41 @@
+"""Draw where query pixels look: rows of the attention matrix over the image, per head, without forming the matrix."""
+
+import argparse
+import re
+
+import mmcv
+
+from soft_mm.analysis.attention_maps import draw_attention, image_attention, load_model
+from soft_mm.inference import find_images
+
+
+def point(text):
+    if not re.fullmatch(r'\d+,\d+', text):
+        raise argparse.ArgumentTypeError(f'{text!r} must be x,y in pixels, such as 120,64')
+    return tuple(int(part) for part in text.split(','))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('image', help='image file')
+    parser.add_argument('config', help='config file of a model with a SOFT backbone')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('--points', type=point, nargs='+', required=True, metavar='X,Y', help='query pixels')
+    parser.add_argument('--stage', type=int, default=1, help='1 to 3 (%(default)s)')
+    parser.add_argument('--block', type=int, default=-1, help='of the stage, from 0 (the last)')
+    parser.add_argument('--head', type=int, nargs='+', help='heads, from 0 (all)')
+    parser.add_argument('--out', default='attention.png', help='picture to write (%(default)s)')
+    args = parser.parse_args()
+    try:
+        (file,) = find_images(args.image)
+        image = mmcv.imread(file, channel_order='rgb')
+        model = load_model(args.config, args.checkpoint)
+        rows = image_attention(model, image, args.points, args.stage, args.block)
+        draw_attention(image, rows, args.points, args.out, args.head)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f'written: {args.out}')
+
+
+if __name__ == '__main__':
+    main()
