@@ -187,8 +187,8 @@ def load_weights(path):
     """Read what a backbone or a model starts from: a file, without running code from it, or an address, which is left
     to mmengine.
 
-    Beside tensors, a file may hold what mmengine's runner saves: arrays of NumPy and the history of its logs. They are
-    not built, nothing but their names is looked at.
+    Beside tensors and containers, a file may hold what mmengine's runner saves: arrays of NumPy, settings, and the
+    history of its logs. They are not built, nothing but their names is looked at.
 
     Args:
         path (str): file of mmengine or of :func:`save_conversion`, or an address.
@@ -258,25 +258,36 @@ class _Unbuilt:
     def __setstate__(self, state):
         pass
 
+    def __setitem__(self, key, value):
+        pass
+
 
 class _History(_Unbuilt):
     """Stands for mmengine's HistoryBuffer."""
 
 
 def _attribute(owner, name):
-    # mmengine pickles the names of statistics as getattr(HistoryBuffer, 'mean'); anything else might lead to code.
-    if owner is not _History or name not in ('mean', 'max', 'min', 'current'):
+    # mmengine pickles statistics as getattr(HistoryBuffer, 'mean'); of anything else it might lead to code.
+    if owner is not _History or name.startswith('_'):
         raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name}')
     return _Unbuilt
 
 
-_TENSORS = {'collections.OrderedDict', 'torch.Size', 'torch.device', 'torch.serialization._get_layout'} | {
-    f'torch._utils.{name}' for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter')
+_BUILT = {
+    *(f'collections.{name}' for name in ('OrderedDict', 'Counter', 'defaultdict', 'deque')),
+    *(
+        f'{module}.{name}'
+        for module in ('builtins', '__builtin__')
+        for name in ('set', 'frozenset', 'slice', 'complex')
+    ),
+    *('torch.Size', 'torch.device', 'torch.serialization._get_layout'),
+    *(f'torch._utils.{name}' for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter')),
 }
 _NOT_BUILT = {
     'argparse.Namespace': _Unbuilt,
     '_codecs.encode': _Unbuilt,
     'mmengine.logging.history_buffer.HistoryBuffer': _History,
+    'mmengine.config.config.ConfigDict': _Unbuilt,
     **dict.fromkeys(('__builtin__.getattr', 'builtins.getattr'), _attribute),
     **dict.fromkeys(('numpy.ndarray', 'numpy.dtype'), _Unbuilt),
     **{
@@ -290,7 +301,7 @@ class _Unpickler(pickle.Unpickler):
         full = f'{module}.{name}'
         if full in _NOT_BUILT:
             return _NOT_BUILT[full]
-        if full in _TENSORS or (module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)):
+        if full in _BUILT or (module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f'GLOBAL {full}')
 

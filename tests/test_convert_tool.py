@@ -7,18 +7,20 @@ import io
 import pickle
 import runpy
 import sys
+from collections import Counter, OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from authors import VARIANTS, Classifier, image, official_models, record, reduced_model, weight
-from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.registry import MODELS, init_default_scope
 
 from soft_mm import SOFT
-from soft_mm.checkpoints import convert_checkpoint, from_official, read_checkpoint, to_official
+from soft_mm.checkpoints import convert_checkpoint, from_official, load_weights, read_checkpoint, to_official
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -252,6 +254,39 @@ def test_backbone_starts_from_no_code(tmp_path):
     with pytest.raises(ValueError, match='harmful.pth is refused'):
         SOFT('tiny', init_cfg=init_cfg).init_weights()
     assert not trace.exists()
+
+
+def test_backbone_starts_from_what_the_runner_saves(tmp_path):
+    """Histories of logs, scheduler's milestones, settings: they are passed over."""
+    path, source = tmp_path / 'epoch_1.pth', SOFT('tiny')
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    beside = dict(
+        message_hub=dict(log_scalars=dict(loss=history), resumed_keys=OrderedDict(loss=True)),
+        param_schedulers=[dict(milestones=Counter([8, 11]), seen={1, 2}, rate=np.float64(0.1), table=np.eye(3))],
+        meta=dict(dataset_meta=ConfigDict(classes=('a', 'b')), shape=torch.Size([1, 2])),
+    )
+    torch.save(dict(beside, state_dict={f'backbone.{k}': v for k, v in source.state_dict().items()}), path)
+    target = SOFT('tiny', init_cfg=dict(type='Pretrained', checkpoint=str(path), prefix='backbone.'))
+    target.init_weights()
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in target.state_dict().items())
+
+
+class Leads:
+    """Pickled as what might lead to code."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def __reduce__(self):
+        return getattr, self.names
+
+
+@pytest.mark.parametrize('names', [(HistoryBuffer, '__init__'), (OrderedDict, 'get'), (dict, 'get')], ids=str)
+def test_attributes_of_anything_else_are_refused(tmp_path, names):
+    path = tmp_path / 'leads.pth'
+    torch.save(dict(state_dict={}, extra=Leads(*names)), path)
+    with pytest.raises(ValueError, match='leads.pth is refused'):
+        load_weights(str(path))
 
 
 @pytest.mark.parametrize('wrap', [lambda d: d, lambda d: dict(state_dict=d, args=argparse.Namespace())])
