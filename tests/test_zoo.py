@@ -1,5 +1,6 @@
 """The model zoo: every config builds the published model; the tiny ones take a step and predict."""
 
+import functools
 import importlib
 import re
 
@@ -40,6 +41,13 @@ def build(cfg):
     return MODELS.build(cfg.model)
 
 
+@functools.cache
+def empty_model(path):
+    """The model of a config without memory for its weights."""
+    with torch.device('meta'):
+        return build(Config.fromfile(path))
+
+
 def without_weights(cfg):
     cfg.model.backbone.init_cfg = None
     return cfg
@@ -51,9 +59,7 @@ def test_names():
 
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda path: path.stem)
 def test_config_builds_the_published_model(config):
-    cfg = Config.fromfile(config)
-    with torch.device('meta'):
-        model = build(cfg)
+    cfg, model = Config.fromfile(config), empty_model(config)
     head, _, rest = config.stem.rpartition('soft-')
     arch, norm = rest.split('_')[0].removesuffix('-norm'), '-norm' in rest
     assert model.backbone.arch == model.backbone._parse_arch(arch)

@@ -93,6 +93,7 @@ def workers_find_the_package(monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
 
 
+@pytest.mark.long
 def test_backbones_of_the_toolboxes_are_swept():
     contenders = [parse_contender(text) for text in ('swin-tiny', 'pvt-tiny', 'twins-svt-small')]
     rows = run_sweep(contenders, [(64, 96)], SweepOptions(repeats=2, memory=False))
