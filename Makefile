@@ -1,6 +1,6 @@
 # Targets need a Python 3.10 to 3.12 and a C++ compiler; everything else goes into .venv/.
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-scratch landmarks test test-long test-openmmlab lint clean-env
+.PHONY: help python env demo demo-scratch landmarks test test-long test-openmmlab lint clean-env
 
 # The interpreter that .venv/ was made with comes first, so that a later python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -10,9 +10,11 @@ PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 pytho
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
-env: ## make .venv/ (10 to 15 minutes the first time, nothing after that)
+python:
 	@test -n '$(PYTHON)' || { echo 'no Python 3.10, 3.11 or 3.12 was found: apt install python3 python3-venv' \
 	'python3-dev, or name one with `make PYTHON=/path/to/python3 ...`.' >&2; exit 1; }
+
+env: python ## make .venv/ (10 to 15 minutes the first time, nothing after that)
 	@'$(PYTHON)' tools/setup_env.py
 
 demo: env ## run the demo
@@ -30,8 +32,7 @@ test: env ## run the tests
 test-long: env ## run the tests that take minutes
 	.venv/bin/python -m pytest -m long
 
-test-openmmlab: ## run the tests beside OpenMMLab's own packages, in .venv-openmmlab/
-	@test -n '$(PYTHON)' || { echo 'no Python 3.10, 3.11 or 3.12 was found: see `make env`.' >&2; exit 1; }
+test-openmmlab: python ## run the tests beside OpenMMLab's own packages, in .venv-openmmlab/
 	@'$(PYTHON)' tools/setup_env.py --openmmlab
 	.venv-openmmlab/bin/python -m pytest
 

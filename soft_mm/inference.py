@@ -53,6 +53,9 @@ def check_weights(model, checkpoint, path):
         checkpoint (dict): as :func:`~soft_mm.checkpoints.load_weights` gives it.
         path (str): its file, for the message.
 
+    Returns:
+        dict[str, Tensor]: the weights, by the names of the model.
+
     Raises:
         ValueError: if weights are missing or of another shape, position embeddings excepted, which are resized.
     """
@@ -69,6 +72,7 @@ def check_weights(model, checkpoint, path):
             f'{path} is not of the model of this config: of {len(target)} weights {len(missing)} are missing '
             f'{missing[:3]} and {len(misshapen)} of another shape {misshapen[:3]}; give the config it was trained with'
         )
+    return found
 
 
 def load_whole_model(path):

@@ -13,9 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from soft_mm.inference import check_weights, load_whole_model
 from soft_mm.models import GaussianKernelAttention, SoftmaxFreeAttention, SpatialReductionAttention
-from soft_mm.models.attention import as_map
-
-_NORMALISATION = ('mean', torch.zeros(1)), ('std', torch.ones(1))
+from soft_mm.models.attention import as_map, split_heads
 
 
 def attention_rows(module, x, grid, points):
@@ -66,7 +64,7 @@ def attention_rows(module, x, grid, points):
 
 
 def _heads(module, projected, parts):
-    return [part.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for part in projected.chunk(parts, dim=-1)]
+    return [split_heads(part, module.num_heads) for part in projected.chunk(parts, dim=-1)]
 
 
 def load_model(config, checkpoint):
@@ -93,10 +91,8 @@ def load_model(config, checkpoint):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(cfg.model)
-    weights = load_whole_model(checkpoint)
-    check_weights(model, weights, checkpoint)
-    state_dict = weights.get('state_dict', weights)
-    model.load_state_dict({key.removeprefix('module.'): value for key, value in state_dict.items()}, strict=False)
+    weights = check_weights(model, load_whole_model(checkpoint), checkpoint)
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 
@@ -129,9 +125,11 @@ def image_attention(model, image, points, stage, block=-1):
         raise ValueError(f'block {block} is not there: stage {stage} has {len(blocks)}, counted from 0')
     attention, seen = blocks[block].attn, []
     hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    # A preprocessor that does not normalise has neither.
-    mean, std = (getattr(model.data_preprocessor, *of).flatten().cpu() for of in _NORMALISATION)
-    pixels = (torch.from_numpy(np.ascontiguousarray(image)).float() - mean) / std
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).float()
+    # A preprocessor that does not normalise has neither mean nor deviation.
+    if hasattr(model.data_preprocessor, 'mean'):
+        mean, std = (getattr(model.data_preprocessor, name).flatten().cpu() for name in ('mean', 'std'))
+        pixels = (pixels - mean) / std
     try:
         with torch.no_grad():
             model.backbone(pixels.permute(2, 0, 1)[None].to(next(model.parameters()).device))

@@ -45,6 +45,11 @@ def local_conv(num_heads, conv_size, grid_dims):
     return nn.Conv2d(num_heads, num_heads, (rows, columns), padding=padding, groups=num_heads, bias=False)
 
 
+def split_heads(x, num_heads):
+    """Tokens ``(B, n, C)`` as those of heads, ``(B, h, n, d)``."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
 def as_map(grid, grid_dims, tokens):
     """A grid as that of a map, ``(1, n)`` for a sequence.
 
@@ -185,8 +190,8 @@ class SoftmaxFreeAttention(BaseModule):
             Tensor: ``(B, h, n, d)``.
         """
         landmarks, merged = self.landmarks(q, grid)
-        options = dict(solver=self.solver, newton_iterations=self.newton_iterations, ridge=self.ridge)
-        options['scale'] = self.head_dims**-0.25
+        scale = self.head_dims**-0.25
+        options = dict(solver=self.solver, newton_iterations=self.newton_iterations, ridge=self.ridge, scale=scale)
         if self.normalized:
             # Each pooled landmark stands for `merged` of them, whose rows the degree would have summed.
             return ops.normalized_softmax_free_attention(q, landmarks, v, degree_scale=merged, **options)
@@ -196,8 +201,7 @@ class SoftmaxFreeAttention(BaseModule):
         """Tokens ``(B, n, C)`` on ``grid`` in, tokens ``(B, n, C)`` out."""
         grid = as_map(grid, self.grid_dims, x.shape[1])
         q, v = self.qv(x).chunk(2, dim=-1)
-        heads = (*x.shape[:2], self.num_heads, self.head_dims)
-        out = self.attend(q.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2), grid)
+        out = self.attend(split_heads(q, self.num_heads), split_heads(v, self.num_heads), grid)
         out = ops.local_branch(v, grid, self.local.weight) + out.transpose(1, 2).reshape(x.shape)
         return self.proj(out)
 

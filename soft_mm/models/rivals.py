@@ -10,21 +10,13 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 
 from soft_mm import ops
+from soft_mm.ops.attention import check_count
 from soft_mm.registry import MODELS
 
-from .attention import as_map, check_shape, local_conv, map_kernel
+from .attention import as_map, check_shape, local_conv, map_kernel, split_heads
 
 # A stage of 224x224 pixels has seven patches of its ratio along a side.
 _PATCHES = 7
-
-
-def _check_count(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name}={value!r} must be a whole number from 1 up')
-
-
-def _split_heads(x, num_heads):
-    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 class _Attention(BaseModule):
@@ -42,7 +34,7 @@ class _Attention(BaseModule):
         """Tokens ``(B, n, C)`` on ``grid`` in, tokens ``(B, n, C)`` out."""
         grid = as_map(grid, self.grid_dims, x.shape[1])
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        heads = (_split_heads(part, self.num_heads) for part in (q, k, v))
+        heads = (split_heads(part, self.num_heads) for part in (q, k, v))
         out = self.attend(*heads, grid).transpose(1, 2).reshape(x.shape)
         return self.proj(out + self.beside(v, grid))
 
@@ -95,7 +87,7 @@ class LinformerAttention(_Attention):
 
     def __init__(self, embed_dims, num_heads, ratio, conv_size, proj_tokens=49, grid=None, grid_dims=2, init_cfg=None):
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
-        _check_count('proj_tokens', proj_tokens)
+        check_count('proj_tokens', proj_tokens)
         grid = (_PATCHES * ratio,) * grid_dims if grid is None else tuple(grid)
         if len(grid) != grid_dims or min(grid) < 1:
             raise ValueError(f'grid={grid!r} must have {grid_dims} positive sides, as grid_dims={grid_dims} says')
@@ -143,9 +135,9 @@ class PerformerAttention(_Attention):
         init_cfg=None,
     ):
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
-        _check_count('num_features', num_features)
+        check_count('num_features', num_features)
         if redraw_interval is not None:
-            _check_count('redraw_interval', redraw_interval)
+            check_count('redraw_interval', redraw_interval)
         self.redraw_interval = redraw_interval
         self.forwards = 0
         generator = torch.Generator().manual_seed(seed)
@@ -189,8 +181,8 @@ class NystromAttention(_Attention):
         self, embed_dims, num_heads, ratio, conv_size, num_landmarks=49, iterations=6, grid_dims=2, init_cfg=None
     ):
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
-        _check_count('num_landmarks', num_landmarks)
-        _check_count('iterations', iterations)
+        check_count('num_landmarks', num_landmarks)
+        check_count('iterations', iterations)
         self.num_landmarks = num_landmarks
         self.iterations = iterations
         self.local = local_conv(num_heads, conv_size, grid_dims)
@@ -233,7 +225,7 @@ class SpatialReductionAttention(BaseModule):
     def forward(self, x, grid):
         """Tokens ``(B, n, C)`` on ``grid`` in, tokens ``(B, n, C)`` out."""
         grid = as_map(grid, self.grid_dims, x.shape[1])
-        return self.proj(self.attend(_split_heads(self.q(x), self.num_heads), x, grid).transpose(1, 2).reshape(x.shape))
+        return self.proj(self.attend(split_heads(self.q(x), self.num_heads), x, grid).transpose(1, 2).reshape(x.shape))
 
     def reduce(self, x, grid):
         """Keys and values ``(B, h, m, d)`` of the coarser grid, and that grid, of tokens ``(B, n, C)`` on a map."""
@@ -243,7 +235,7 @@ class SpatialReductionAttention(BaseModule):
             maps = F.interpolate(maps, size=size, mode='nearest')
         maps = self.reduction(maps)
         reduced = self.norm(maps.flatten(2).transpose(1, 2))
-        return *(_split_heads(part, self.num_heads) for part in self.kv(reduced).chunk(2, dim=-1)), maps.shape[-2:]
+        return *(split_heads(part, self.num_heads) for part in self.kv(reduced).chunk(2, dim=-1)), maps.shape[-2:]
 
     def attend(self, q, x, grid):
         """Queries ``(B, h, n, d)`` and the tokens whose keys and values they attend to, on a map, in."""
@@ -272,7 +264,7 @@ class GaussianKernelAttention(BaseModule):
     def __init__(self, embed_dims, num_heads, ratio, conv_size, max_tokens=4096, grid_dims=2, init_cfg=None):
         super().__init__(init_cfg)
         check_shape(embed_dims, num_heads, ratio, conv_size, grid_dims)
-        _check_count('max_tokens', max_tokens)
+        check_count('max_tokens', max_tokens)
         self.num_heads = num_heads
         self.grid_dims = grid_dims
         self.max_tokens = max_tokens
@@ -288,7 +280,7 @@ class GaussianKernelAttention(BaseModule):
         """
         grid = as_map(grid, self.grid_dims, x.shape[1])
         q, v = self.qv(x).chunk(2, dim=-1)
-        out = self.attend(_split_heads(q, self.num_heads), _split_heads(v, self.num_heads), grid)
+        out = self.attend(split_heads(q, self.num_heads), split_heads(v, self.num_heads), grid)
         return self.proj(out.transpose(1, 2).reshape(x.shape) + ops.local_branch(v, grid, self.local.weight))
 
     def attend(self, q, v, grid):

@@ -16,8 +16,13 @@ def check_solver(solver, newton_iterations, newton_backward):
         raise ValueError(f'solver={solver!r} is unknown; choose one of {SOLVERS}')
     if newton_backward not in NEWTON_BACKWARDS:
         raise ValueError(f'newton_backward={newton_backward!r} is unknown; choose one of {NEWTON_BACKWARDS}')
-    if not isinstance(newton_iterations, int) or isinstance(newton_iterations, bool) or newton_iterations < 1:
-        raise ValueError(f'newton_iterations={newton_iterations!r} must be a whole number from 1 up')
+    check_count('newton_iterations', newton_iterations)
+
+
+def check_count(name, value):
+    """Raise a ``ValueError`` that names the option if its value is no whole number from 1 up."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name}={value!r} must be a whole number from 1 up')
 
 
 def _kernel_and_ridge_matrix(landmarks, ridge):
