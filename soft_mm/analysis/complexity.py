@@ -130,7 +130,7 @@ def config_complexity(config, shape, backbone_only=False):
 
     Args:
         config (str | Path): config file of mmpretrain, mmdet or mmsegmentation.
-        shape (tuple[int, int]): height and width of the one image, in pixels.
+        shape (tuple[int, int]): height and width of the one image, in pixels; of a sequence 1 and its tokens.
         backbone_only (bool): the backbone alone. Defaults to False.
 
     Returns:
@@ -146,13 +146,15 @@ def config_complexity(config, shape, backbone_only=False):
     scope = cfg.get('default_scope', 'mmengine')
     if scope != 'mmengine':
         importlib.import_module(f'{scope}.models')
-    channels = cfg.model.get('backbone', {}).get('in_channels', 3)
+    backbone = cfg.model.get('backbone', {})
     # Seeded, for the proposals of a detector depend on the weights.
     with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng([]):
         torch.manual_seed(0)
         # The counter asks parameters that are handed to a module for their gradient's function, and there is none.
         model = MODELS.build(cfg.model.backbone if backbone_only else cfg.model).eval().requires_grad_(False)
-        image = torch.rand(1, channels, *shape)
+        # An encoder of sequences takes ids of tokens.
+        ids = 'vocab_size' in backbone
+        image = torch.ones(1, shape[-1], dtype=int) if ids else torch.rand(1, backbone.get('in_channels', 3), *shape)
         if scope == 'mmdet' and not backbone_only:
             from mmdet.structures import DetDataSample
 

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from soft_mm.models import GaussianKernelAttention, SoftmaxFreeAttention, SpatialReductionAttention
+from soft_mm.models import (
+    GaussianKernelAttention,
+    SequenceEncoder,
+    SoftmaxFreeAttention,
+    SpatialReductionAttention,
+)
 from soft_mm.models.attention import build_attention
 from soft_mm.ops import reference
 
@@ -248,5 +253,9 @@ def _build_backbone(contender, size, batch_size, device, heads, head_dims, train
     model = MODELS.build(config).to(device)
     # That of some backbones returns nothing.
     model.train(train)
-    image = torch.rand(batch_size, config.get('in_channels', 3), *size, device=device)
-    return model, (image,), tuple(model.parameters())
+    if isinstance(model, SequenceEncoder):
+        # A sequence is as long as its picture of one row is wide.
+        inputs = torch.randint(1, config['vocab_size'], (batch_size, size[1]), device=device)
+    else:
+        inputs = torch.rand(batch_size, config.get('in_channels', 3), *size, device=device)
+    return model, (inputs,), tuple(model.parameters())

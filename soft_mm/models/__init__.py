@@ -9,6 +9,7 @@ from .rivals import (
     SoftmaxAttention,
     SpatialReductionAttention,
 )
+from .sequence import SequenceEncoder, SequencePreprocessor
 from .soft import SOFT
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     'LinformerAttention',
     'NystromAttention',
     'PerformerAttention',
+    'SequenceEncoder',
+    'SequencePreprocessor',
     'SoftmaxAttention',
     'SoftmaxFreeAttention',
     'SpatialReductionAttention',

@@ -253,7 +253,7 @@ def _registered_attentions():
     return sorted(name for name, kind in registered.items() if _takes_shape(kind))
 
 
-def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
+def build_attention(cfg, embed_dims, num_heads, ratio, conv_size, grid=None):
     """Build the attention of one stage from its config.
 
     Args:
@@ -263,6 +263,8 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
         num_heads (int): heads.
         ratio (int): side of a landmark's patch.
         conv_size (int): side of the local filters.
+        grid (tuple[int, ...] | None): that on which a type with the option ``grid`` learns, unless its config says
+            another. Defaults to None, the type's own.
 
     Raises:
         ValueError: for an unknown type or a value out of range.
@@ -279,4 +281,6 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size):
     unknown = sorted(set(options) - set(own))
     if unknown:
         raise TypeError(f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *own]}')
+    if 'grid' in own and grid is not None:
+        options.setdefault('grid', grid)
     return cls(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size, **options)

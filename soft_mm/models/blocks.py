@@ -87,11 +87,12 @@ class SoftmaxFreeBlock(BaseModule):
         conv_size (int): side of the filters of the local branch.
         attention (dict): config of the attention, see :func:`~soft_mm.models.attention.build_attention`.
         drop_path (float): stochastic depth of both branches. Defaults to 0.
+        grid (tuple[int, ...] | None): that on which the attention learns, see there. Defaults to None.
     """
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, attention, drop_path=0.0):
+    def __init__(self, embed_dims, num_heads, ratio, conv_size, attention, drop_path=0.0, grid=None):
         super().__init__()
-        self.attn = build_attention(attention, embed_dims, num_heads, ratio, conv_size)
+        self.attn = build_attention(attention, embed_dims, num_heads, ratio, conv_size, grid)
         self.norm1 = nn.LayerNorm(embed_dims)
         self.mlp = MLP(embed_dims, approximate='tanh')
         self.norm2 = nn.LayerNorm(embed_dims)

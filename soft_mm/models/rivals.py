@@ -67,8 +67,8 @@ class SoftmaxAttention(_Attention):
 class LinformerAttention(_Attention):
     """Softmax attention over learned combinations of keys and values (Linformer, arXiv:2006.04768).
 
-    The projection of the tokens is learned on one grid and resized to any other, linearly and with the sums of its rows
-    kept.
+    The projection of the tokens is learned on one grid and resized to any other, see
+    :func:`~soft_mm.ops.resize_sequence_projection`.
 
     Args:
         embed_dims (int): channels ``C``.
@@ -77,7 +77,8 @@ class LinformerAttention(_Attention):
             1 to 3 do at 224x224 pixels.
         conv_size (int): not used.
         proj_tokens (int): keys and values that are left, ``p``. Defaults to 49.
-        grid (Sequence[int] | None): learned grid, ``(H, W)`` or ``(n,)``. Defaults to None.
+        grid (Sequence[int] | None): learned grid, ``(H, W)`` or ``(n,)``; backbone and encoder give that of their
+            ``img_size`` or ``length``. Defaults to None.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
         init_cfg (dict | None): mmengine's. Defaults to None.
 

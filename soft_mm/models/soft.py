@@ -77,6 +77,18 @@ class PatchEmbed(nn.Sequential):
         return x
 
 
+def reset_parameters(module):
+    """The authors' rule: truncated normals of deviation 0.02 for linear layers and embeddings, else PyTorch's."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.rpartition('.')[2] in ('pos_embed', 'cls_pos_embed', 'cls_token'):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+
 def resize_pos_embed(pos_embed, grid):
     """Resize a map of position embeddings ``(1, C, h, w)`` to ``grid = (H, W)``, bilinearly and in float32 or wider."""
     if tuple(pos_embed.shape[-2:]) == tuple(grid):
@@ -271,20 +283,23 @@ class SOFT(BaseModule):
         drop_paths = (drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths)))
         self.stages = nn.ModuleList()
         for i in range(num_stages):
+            grid = tuple(-(-side // 2 ** (i + 2)) for side in img_size)
             if i < NUM_STAGES - 1:
                 local = dict(
-                    ratio=self.arch['ratios'][i], conv_size=self.arch['conv_sizes'][i], attention=attentions[i]
+                    ratio=self.arch['ratios'][i],
+                    conv_size=self.arch['conv_sizes'][i],
+                    attention=attentions[i],
+                    grid=grid,
                 )
                 blocks = [
                     SoftmaxFreeBlock(dims[i], heads[i], drop_path=next(drop_paths), **local) for _ in range(depths[i])
                 ]
             else:
                 blocks = [SoftmaxBlock(dims[i], heads[i], drop_rate, next(drop_paths)) for _ in range(depths[i])]
-            grid = tuple(-(-side // 2 ** (i + 2)) for side in img_size)
             channels = in_channels if i == 0 else dims[i - 1]
             last = i == NUM_STAGES - 1
             self.stages.append(SOFTStage(channels, dims[i], grid, blocks, i == 0, last, drop_rate, with_cp))
-        self._reset_parameters()
+        reset_parameters(self)
         self._freeze_stages()
 
     @classmethod
@@ -360,17 +375,6 @@ class SOFT(BaseModule):
                 f'img_size={img_size!r} must be one or two whole numbers (height, width) from {MIN_SIDE} up'
             )
         return sides
-
-    def _reset_parameters(self):
-        """The authors' rule: truncated normals of deviation 0.02 for linear layers and embeddings, else PyTorch's."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.rpartition('.')[2] in ('pos_embed', 'cls_pos_embed', 'cls_token'):
-                nn.init.trunc_normal_(parameter, std=0.02)
 
     def init_weights(self):
         """Load the checkpoint of ``init_cfg``, or leave the weights to mmengine's initialisers.

@@ -30,7 +30,9 @@ def linformer_attention(q, k, v, key_weight, value_weight):
 
 
 def resize_sequence_projection(weight, grid):
-    """Projection of the tokens of one grid, resized bilinearly to those of another; its rows sum to what they did.
+    """Projection of the tokens of one grid, resized bilinearly, with antialiasing, to those of another.
+
+    It is scaled by the quotient of the numbers of tokens, so that a row that takes a mean still does.
 
     Args:
         weight (Tensor): ``(p, H, W)``, learned on that grid.
@@ -43,7 +45,7 @@ def resize_sequence_projection(weight, grid):
     if learned == grid:
         return weight.flatten(1)
     wide = weight[None].to(compute_dtype(weight))
-    resized = F.interpolate(wide, size=grid, mode='bilinear', align_corners=False)[0]
+    resized = F.interpolate(wide, size=grid, mode='bilinear', align_corners=False, antialias=True)[0]
     return resized.flatten(1) * (math.prod(learned) / math.prod(grid))
 
 
