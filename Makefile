@@ -1,6 +1,6 @@
 # Targets need a Python 3.10 to 3.12 and a C++ compiler; everything else goes into .venv/.
 .DEFAULT_GOAL := help
-.PHONY: help python env demo demo-scratch landmarks test test-long test-openmmlab lint clean-env
+.PHONY: help python env demo demo-scratch experiments landmarks test test-long test-openmmlab lint clean-env
 
 # The interpreter that .venv/ was made with comes first, so that a later python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -22,6 +22,10 @@ demo: env ## run the demo
 
 demo-scratch: env ## run the demo, training from scratch
 	.venv/bin/python tools/demo.py --from-scratch
+
+experiments: env ## compare attentions by training each with three seeds, on images and on sequences (hours)
+	.venv/bin/python tools/compare_attention.py photo-digits
+	.venv/bin/python tools/compare_attention.py listops
 
 landmarks: env ## train the demo's detector and segmentor on with few and many landmarks (hours)
 	.venv/bin/python tools/compare_landmarks.py

@@ -11,7 +11,14 @@ HERE = Path(__file__).resolve().parent
 MIM = Path('soft_mm', '.mim')
 CARRIED = ('configs', 'tools', 'model-index.yml')
 # Tools that work on the repository.
-LEFT_OUT = ('__pycache__', 'setup_env.py', 'make_model_zoo.py', 'demo.py', 'compare_landmarks.py')
+LEFT_OUT = (
+    '__pycache__',
+    'setup_env.py',
+    'make_model_zoo.py',
+    'demo.py',
+    'compare_attention.py',
+    'compare_landmarks.py',
+)
 
 
 class BuildWithConfigs(build_py):

@@ -16,19 +16,21 @@ from rich.table import Table
 from soft_mm.analysis.logs import last_checkpoint
 from soft_mm.analysis.pictures import draw_loss_curves, draw_predictions
 from soft_mm.analysis.training import Task, train_task, write_text
-from soft_mm.datasets.export import export_photo_digits
+from soft_mm.datasets.export import MANIFEST, export_photo_digits
 
 DATA = Path('data/photo_digits_demo')
 NUM_VAL = dict(num_crops=1000, num_scenes=200)
 
 
-CLASSIFICATION = Task('classification', 'soft-tiny_photo-digits-crops.py', {'accuracy/top1': ('top1', 0.01)})
+CLASSIFICATION = Task(
+    'classification', 'photo_digits/soft-tiny_photo-digits-crops.py', {'accuracy/top1': ('top1', 0.01)}
+)
 DETECTION = Task(
     'detection',
-    'mask-rcnn_soft-tiny_fpn_photo-digits.py',
+    'photo_digits/mask-rcnn_soft-tiny_fpn_photo-digits.py',
     {f'coco/{kind}_{name}': (f'{kind}_{name}', 1) for kind in ('bbox', 'segm') for name in ('mAP', 'mAP_50')},
 )
-SEGMENTATION = Task('segmentation', 'fpn_soft-tiny_photo-digits.py', {'mIoU': ('mIoU', 0.01)})
+SEGMENTATION = Task('segmentation', 'photo_digits/fpn_soft-tiny_photo-digits.py', {'mIoU': ('mIoU', 0.01)})
 
 
 def run_demo(work_dir='work_dirs/demo', from_scratch=False):
@@ -61,7 +63,7 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
                 if from_scratch
                 else {'model.backbone.init_cfg.checkpoint': str(pretrained)}
             )
-        summary[task.name] = train_task(task, work_dir / task.name, DATA, console, options, pretrained)
+        summary[task.name] = train_task(task, work_dir / task.name, DATA / MANIFEST, console, options, pretrained)
         if task is CLASSIFICATION:
             pretrained = last_checkpoint(work_dir / task.name)
     console.rule('pictures')

@@ -13,7 +13,7 @@ import pytest
 from test_configs import ROOT
 
 CARRIED = ('configs', 'tools', 'model-index.yml')
-OF_THE_REPOSITORY = {'setup_env.py', 'make_model_zoo.py', 'demo.py', 'compare_landmarks.py'}
+OF_THE_REPOSITORY = {'setup_env.py', 'make_model_zoo.py', 'demo.py', 'compare_attention.py', 'compare_landmarks.py'}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from soft_mm.datasets.export import export_photo_digits
+from soft_mm.datasets.export import MANIFEST, export_photo_digits
 from soft_mm.demo import DETECTION, SEGMENTATION
 
 from .logs import last_checkpoint
@@ -53,7 +53,7 @@ def compare_landmarks(demo_dir='work_dirs/demo', work_dir='work_dirs/landmarks',
         console.rule(name)
         options = _options(task, start, solver, bound)
         run = dataclasses.replace(task, name=name)
-        metrics = train_task(run, work_dir / name, DATA, console, options, start)
+        metrics = train_task(run, work_dir / name, DATA / MANIFEST, console, options, start)
         rows.append(dict(task=task.name, solver=solver, max_landmarks=bound, **metrics))
         write_text(work_dir / 'summary.json', json.dumps(rows, indent=2) + '\n')
     _print_rows(rows, console)

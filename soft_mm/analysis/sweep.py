@@ -193,17 +193,23 @@ def _slope(points):
     return statistics.linear_regression(*([math.log(value) for value in axis] for axis in zip(*points))).slope
 
 
-def sweep_report(rows, options, peer=None):
-    """A sweep as one dict: the machine, the options, the rows and the growth exponents."""
-    device = torch.device(options.device)
-    machine = dict(
+def machine(device):
+    """What a measurement was made on: versions, threads and the device, a name such as ``'cpu'``."""
+    device = torch.device(device)
+    return dict(
         python=platform.python_version(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine(),
     )
+
+
+def sweep_report(rows, options, peer=None):
+    """A sweep as one dict: the machine, the options, the rows and the growth exponents."""
     peer = peer and peer.name
-    return dict(machine=machine, options=asdict(options), peer=peer, rows=rows, exponents=growth_exponents(rows))
+    return dict(
+        machine=machine(options.device), options=asdict(options), peer=peer, rows=rows, exponents=growth_exponents(rows)
+    )
 
 
 def print_report(report, console):

@@ -5,6 +5,7 @@ Each is a process of its own, so that each toolbox has its own default scope.
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Task:
-    """A training on photo-digits.
+    """A training.
 
     Attributes:
         name: what it is called.
-        config: config file, below ``configs/photo_digits``.
+        config: config file, below ``configs``.
         metrics: the runner's name of a metric to the summary's name and its scale to the range 0 to 1.
     """
 
@@ -34,10 +35,10 @@ class Task:
 
     @property
     def config_file(self):
-        return ROOT / 'configs' / 'photo_digits' / self.config
+        return ROOT / 'configs' / self.config
 
 
-def train_task(task, work_dir, data, console, options=None, pretrained=None):
+def train_task(task, work_dir, data, console, options=None, pretrained=None, threads=None):
     """Run or resume one training and return its metrics, or return those of the finished run.
 
     A finished run is done again, and the earlier one kept aside, when its config, its options, its pretrained weights
@@ -46,10 +47,12 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None):
     Args:
         task (Task): what to train.
         work_dir (str | Path): folder of the run.
-        data (str | Path): folder of the validation data, as ``tools/make_photo_digits.py`` leaves it.
+        data (str | Path): file that says of what the data are made, such as the manifest of an exported data set.
         console (rich.console.Console): where is said what is skipped or started over.
         options (dict | None): overrides of the config. Defaults to None.
         pretrained (Path | None): weights that the run starts from, if any. Defaults to None.
+        threads (int | None): of the training, one of several at a time; what it prints then goes to ``output.log`` in
+            its folder. Defaults to None, PyTorch's number, and output to the terminal.
 
     Returns:
         dict: the metrics by their names in ``task.metrics``, and ``seconds``.
@@ -69,25 +72,27 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None):
         work_dir.rename(aside)
         work_dir.mkdir()
         console.print(
-            'config, weights or data have changed, or the checkpoint is gone: starting over, '
+            f'{task.name}: config, weights or data have changed, or the checkpoint is gone: starting over, '
             f'the earlier run is kept in {aside}'
         )
         record, checkpoint = {}, None
     if 'metrics' in record:
-        console.print('finished already')
+        console.print(f'{task.name}: finished already')
         return dict(record['metrics'], seconds=record['seconds'])
     record = dict(fingerprint=fingerprint, seconds=record.get('seconds', 0.0))
     start = time.time()
+    log = work_dir / 'output.log' if threads else None
     try:
         write_text(record_file, json.dumps(record))
         common = [str(task.config_file), '--work-dir', str(work_dir)]
         resume = ['--resume', str(checkpoint)] if checkpoint else []
         overrides = ['--cfg-options', *(f'{key}={value}' for key, value in options.items())] if options else []
-        _run_tool('train.py', *common, *resume, *overrides)
+        _run_tool('train.py', *common, *resume, *overrides, log=log, threads=threads)
         metrics_file = work_dir / 'metrics.json'
         if _logged_metrics(task, work_dir) is None:
             # Interrupted between its last checkpoint and its evaluation, a training has nothing left to do.
-            _run_tool('test.py', *common, str(last_checkpoint(work_dir)), '--json', str(metrics_file), *overrides)
+            checkpoint = str(last_checkpoint(work_dir))
+            _run_tool('test.py', *common, checkpoint, '--json', str(metrics_file), *overrides, log=log, threads=threads)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f'{task.name} failed with exit code {error.returncode}; its log is in {work_dir}') from error
     finally:
@@ -106,15 +111,21 @@ def write_text(path, text):
     part.replace(path)
 
 
-def _run_tool(name, *arguments):
-    subprocess.run([sys.executable, str(ROOT / 'tools' / name), *arguments], check=True)
+def _run_tool(name, *arguments, log, threads):
+    command = [sys.executable, str(ROOT / 'tools' / name), *arguments]
+    if log is None:
+        subprocess.run(command, check=True)
+        return
+    with open(log, 'a') as file:
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
 def _fingerprint(task, data, options, pretrained):
-    """What a finished run depends on: its config, the weights that it starts from and the validation data."""
+    """What a finished run depends on: its config, the weights that it starts from and the data."""
     digest = hashlib.sha256(Config.fromfile(task.config_file).pretty_text.encode())
     digest.update(json.dumps(options, sort_keys=True).encode())
-    digest.update((Path(data) / 'photo_digits.json').read_bytes())
+    digest.update(Path(data).read_bytes())
     if pretrained:
         digest.update(pretrained.read_bytes())
     return digest.hexdigest()
