@@ -61,7 +61,7 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
             options = (
                 {'model.backbone.init_cfg': None}
                 if from_scratch
-                else {'model.backbone.init_cfg.checkpoint': str(pretrained)}
+                else {'model.backbone.init_cfg.checkpoint': pretrained}
             )
         summary[task.name] = train_task(task, work_dir / task.name, DATA / MANIFEST, console, options, pretrained)
         if task is CLASSIFICATION:

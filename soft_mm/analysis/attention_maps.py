@@ -14,13 +14,14 @@ from mmengine.registry import MODELS, DefaultScope
 from soft_mm.inference import check_weights, load_whole_model
 from soft_mm.models import GaussianKernelAttention, SoftmaxFreeAttention, SpatialReductionAttention
 from soft_mm.models.attention import as_map, split_heads
+from soft_mm.ops import gaussian_kernel
 
 
 def attention_rows(module, x, grid, points):
     """Rows of the matrix with which an attention multiplies its values, without its local branch.
 
     The output of a query is linear in the values, so a row is its gradient with respect to them: nothing of the size of
-    tokens times tokens is formed that the attention itself does not form.
+    tokens times tokens is formed.
 
     Args:
         module (nn.Module): an attention of :mod:`soft_mm.models`.
@@ -37,7 +38,12 @@ def attention_rows(module, x, grid, points):
     """
     grid, columns = as_map(grid, module.grid_dims, x.shape[1]), None
     with torch.no_grad():
-        if isinstance(module, (SoftmaxFreeAttention, GaussianKernelAttention)):
+        if isinstance(module, GaussianKernelAttention):
+            # Its own way would be by the whole kernel.
+            q = _heads(module, module.qv(x), 2)[0]
+            q = q * q.shape[-1] ** -0.25
+            return gaussian_kernel(q[:, :, points], q)[0].transpose(0, 1).unflatten(-1, grid)
+        if isinstance(module, SoftmaxFreeAttention):
             q, v = _heads(module, module.qv(x), 2)
             others = (q,)
         elif isinstance(module, SpatialReductionAttention):

@@ -172,7 +172,6 @@ def _train_cases(study, names, seed, data, quick, jobs, work_dir, console):
     def train(name):
         options = {f'model.backbone.{key}': value for key, value in _with_seed(study.cases[name], seed).items()}
         options |= {'randomness.seed': seed, **given, **(QUICK if quick else {})}
-        options = {key: str(value).replace(' ', '') for key, value in options.items()}
         slug = ''.join(letter if letter.isalnum() else '-' for letter in name)
         run = replace(study.task, name=f'{name}, seed {seed}')
         folder = work_dir / slug / f'seed-{seed}'

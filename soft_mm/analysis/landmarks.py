@@ -83,7 +83,7 @@ def _options(task, start, solver, bound):
     if task is DETECTION:
         for evaluator in ('val_evaluator', 'test_evaluator'):
             options[f'{evaluator}.ann_file'] = f'{DATA}/annotations/instances_val.json'
-    return {key: str(value).replace(' ', '') for key, value in options.items()}
+    return options
 
 
 def _print_rows(rows, console):

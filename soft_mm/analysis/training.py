@@ -60,7 +60,7 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None, thr
     Raises:
         RuntimeError: if the training fails.
     """
-    work_dir, options = Path(work_dir), options or {}
+    work_dir, options = Path(work_dir), {key: _as_argument(value) for key, value in (options or {}).items()}
     work_dir.mkdir(parents=True, exist_ok=True)
     record_file = work_dir / 'run.json'
     fingerprint = _fingerprint(task, data, options, pretrained)
@@ -102,6 +102,11 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None, thr
     record['metrics'] = {name: round(logged[key] * scale, 4) for key, (name, scale) in task.metrics.items()}
     write_text(record_file, json.dumps(record))
     return dict(record['metrics'], seconds=record['seconds'])
+
+
+def _as_argument(value):
+    """A value as mmengine reads it from the command line, where blanks separate."""
+    return value if isinstance(value, str) else str(value) if isinstance(value, Path) else str(value).replace(' ', '')
 
 
 def write_text(path, text):

@@ -246,7 +246,9 @@ def _write_split(path, samples):
 
 def _write_manifest(folder, options, complete):
     manifest = dict(name='listops', complete=complete, options=options, vocabulary=VOCABULARY)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
+    part = folder / f'{MANIFEST}.part'
+    part.write_text(json.dumps(manifest, indent=2) + '\n')
+    part.replace(folder / MANIFEST)
 
 
 def _read_manifest(folder):

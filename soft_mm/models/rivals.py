@@ -155,7 +155,8 @@ class PerformerAttention(_Attention):
     def redraw(self):
         """Draw the features anew from PyTorch's generator."""
         # In a tensor of its own: a backward pass may still need the old one.
-        self.features = ops.orthogonal_features(*self.features.shape, device=self.features.device)
+        drawn = ops.orthogonal_features(*self.features.shape, device=self.features.device)
+        self.features = drawn.to(self.features.dtype)
         self.forwards = 0
 
 

@@ -8,10 +8,10 @@ import mmcv
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from soft_mm import SOFT
 from soft_mm.analysis.attention_maps import attention_rows, image_attention
-from soft_mm.models import SoftmaxFreeAttention
 from soft_mm.models.attention import build_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,20 +64,34 @@ def test_rows_over_a_coarser_grid_are_shared_out():
     assert torch.equal(rows[..., ::2, ::2], rows[..., 1::2, 1::2])
 
 
-def test_nothing_of_tokens_times_tokens_is_formed():
-    """At this size such a matrix would have two hundred times the entries that one of tokens times landmarks has."""
-    module = SoftmaxFreeAttention(**SHAPE, solver='cholesky', max_landmarks=16)
-    sizes = []
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(solver='cholesky', max_landmarks=16),
+        dict(normalized=True, max_landmarks=16),
+        dict(type='SoftmaxAttention'),
+        dict(type='LinformerAttention', proj_tokens=16),
+        dict(type='PerformerAttention', num_features=16),
+        dict(type='NystromAttention', num_landmarks=16),
+        dict(type='SpatialReductionAttention'),
+        dict(type='GaussianKernelAttention', max_tokens=4),
+    ],
+    ids=str,
+)
+def test_nothing_of_tokens_times_tokens_is_formed(cfg):
+    """Such a matrix would have fifty times the entries of the largest tensor that there may be."""
+    shape = dict(SHAPE, ratio=8)
+    module, sizes = build_attention(cfg, **shape), []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            sizes.extend(tensor.numel() for tensor in [out] if isinstance(tensor, torch.Tensor))
+            sizes.extend(part.numel() for part in tree_leaves(out) if isinstance(part, torch.Tensor))
             return out
 
     with Watch():
-        attention_rows(module, torch.randn(1, 64 * 50, 16), (64, 50), [7, 1600])
-    assert 0 < max(sizes) <= 3200 * 16 * 4
+        rows = attention_rows(module, torch.randn(1, 64 * 50, 16), (64, 50), [7, 1600])
+    assert rows.shape == (2, 2, 64, 50) and 0 < max(sizes) <= 3200 * 16 * 4
 
 
 class Whole(torch.nn.Module):

@@ -84,7 +84,7 @@ def faked(monkeypatch, tmp_path):
         assert threads == max(torch.get_num_threads() // 2, 1) and manifest == 'manifest'
         asked['trained'][run.name] = options
         asked['folders'].add(folder)
-        return dict(top1=0.5 + 0.1 * int(options['randomness.seed']), seconds=1.0)
+        return dict(top1=0.5 + 0.1 * options['randomness.seed'], seconds=1.0)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(comparison, 'run_sweep', run_sweep)
@@ -101,11 +101,11 @@ def test_report_holds_every_case_and_seed_of_the_groups_asked_for(faked, tmp_pat
     assert list(report['cases']) == names and list(report['groups']) == ['sampler', 'normalisation']
     assert set(faked['trained']) == {f'{name}, seed {seed}' for name in names for seed in (0, 1, 3)}
     assert len(faked['folders']) == 18
-    drawn = {f'model.backbone.attention.{key}': value for key, value in dict(sampler='random', seed='3').items()}
+    drawn = {f'model.backbone.attention.{key}': value for key, value in dict(sampler='random', seed=3).items()}
     assert faked['trained']['sampler random, seed 3'] == {
-        'model.backbone.attention.max_landmarks': '16',
-        'randomness.seed': '3',
-        'data': '3',
+        'model.backbone.attention.max_landmarks': 16,
+        'randomness.seed': 3,
+        'data': 3,
         **drawn,
     }
     folder = tmp_path / 'work_dirs/attention/photo-digits'

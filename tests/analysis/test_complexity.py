@@ -52,6 +52,12 @@ def test_configs_of_every_toolbox(config):
     assert parts[''].multiply_adds == sum(part.multiply_adds for name, part in parts.items() if name)
 
 
+def test_sequences_are_counted():
+    config = ROOT / 'configs/listops/soft_listops.py'
+    counts = [config_complexity(config, (1, n))[-1].multiply_adds for n in (64, 128)]
+    assert 0 < counts[0] < counts[1]
+
+
 def test_tool(tmp_path, environment):
     tool = [sys.executable, str(ROOT / 'tools/get_complexity.py')]
     config = CONFIGS / 'soft-tiny_photo-digits-crops.py'

@@ -66,6 +66,14 @@ def test_contenders_that_cannot_be_built_are_named(text, message):
 
 
 @pytest.mark.parametrize('train', [False, True])
+def test_encoder_of_sequences_takes_a_step(train):
+    config = dict(type='soft_mm.SequenceEncoder', vocab_size=16, length=80, embed_dims=16)
+    contender = contenders.Contender('encoder', 'encoder', 'backbone', config)
+    shorter, longer = (count_multiply_adds(build_step(contender, (1, n), 1, train, 'cpu')) for n in (40, 80))
+    assert 0 < shorter < longer
+
+
+@pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('name', [name for name, config in contenders.OPERATORS.items() if 'type' in (config or {})])
 def test_rivals_take_a_step(name, train):
     step = build_step(parse_contender(name), (52, 80), 1, train, 'cpu', head_dims=8)

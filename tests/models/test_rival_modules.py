@@ -128,6 +128,34 @@ def test_spatial_reduction_is_that_of_mmdet():
     assert torch.allclose(module(tokens, (5, 7)), expected, atol=1e-5)
 
 
+def test_spatial_reduction_comes_nearer_with_its_budget():
+    """With means in place of what its convolution learns, of neighbours that are alike."""
+    torch.manual_seed(0)
+    exact = SoftmaxAttention(**SHAPE).double()
+    coarse = torch.randn(1, 16, 4, 4, dtype=torch.float64)
+    smooth = torch.nn.functional.interpolate(coarse, size=(16, 16), mode='bicubic').flatten(2).transpose(1, 2)
+    tokens = torch.nn.functional.layer_norm(smooth, (16,))
+    errors = []
+    for ratio in (8, 4, 2, 1):
+        module = SpatialReductionAttention(**dict(SHAPE, ratio=ratio)).double()
+        weights, biases = exact.qkv.weight.data, exact.qkv.bias.data
+        module.q.weight.data, module.kv.weight.data = weights[:16], weights[16:]
+        module.q.bias.data, module.kv.bias.data = biases[:16], biases[16:]
+        module.proj.load_state_dict(exact.proj.state_dict())
+        module.reduction.weight.data = torch.eye(16).double()[:, :, None, None].repeat(1, 1, ratio, ratio) / ratio**2
+        module.reduction.bias.data.zero_()
+        errors.append((module(tokens, (16, 16)) - exact(tokens, (16, 16))).norm().item())
+    assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[2] and errors[-1] < 1e-4 * errors[0]
+
+
+def test_attention_learns_on_the_grid_of_its_stage():
+    backbone = SOFT(REDUCED, attention=dict(type='LinformerAttention'), img_size=(64, 96))
+    grids = [tuple(stage.blocks[0].attn.key_weight.shape[1:]) for stage in backbone.stages[:3]]
+    assert grids == [(16, 24), (8, 12), (4, 6)]
+    given = SOFT(REDUCED, attention=dict(type='LinformerAttention', grid=(5, 6)))
+    assert tuple(given.stages[0].blocks[0].attn.key_weight.shape[1:]) == (5, 6)
+
+
 def test_linformer_takes_its_learned_grid_and_others():
     module = LinformerAttention(**SHAPE)
     assert module.key_weight.shape == (49, 14, 14)

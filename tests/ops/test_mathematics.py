@@ -8,6 +8,7 @@ import torch
 
 from soft_mm import ops
 from soft_mm.ops import reference
+from soft_mm.ops.inverse import _iterate
 
 D = 8
 
@@ -89,13 +90,10 @@ def test_exact_solver_takes_singular_kernels(normalized):
 
 
 def newton_iterates(matrix, count, step=None):
-    """``V_0`` to ``V_count`` of the iteration, with the authors' step size or another."""
+    """``V_0`` to ``V_count`` of the package's iteration, with the authors' step size or another."""
     step = 1.8 / matrix.sum(-1).max() ** 2 if step is None else step
-    inverse = step * matrix
-    yield inverse
-    for _ in range(count):
-        inverse = 2 * inverse - inverse @ matrix @ inverse
-        yield inverse
+    for iterations in range(count + 1):
+        yield _iterate(matrix, step * matrix, iterations)
 
 
 @pytest.mark.parametrize('spread', [0.3, 1.0, 3.0])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics.pairwise import rbf_kernel
 
 from soft_mm import ops
 
@@ -36,17 +37,23 @@ def test_linformer_is_its_formula(grid):
     assert torch.allclose(ops.linformer_attention(q, k, v, eye, eye), softmax_attention(q, k, v), atol=1e-12)
 
 
+def smooth_qkv():
+    """On a grid of 16x16; neighbours are alike, as in images: of independent tokens a mean stands for none."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(3, 2 * 8, 4, 4, generator=generator, dtype=torch.float64)
+    return F.interpolate(coarse, size=(16, 16), mode='bicubic').reshape(3, 1, 2, 8, 256).transpose(-2, -1)
+
+
 def test_linformer_comes_nearer_with_its_budget():
-    # Keys and values of rank four: what is projected on p of the n directions is the sooner complete.
-    q, k, v = qkv(64)
-    basis = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0]
-    exact = softmax_attention(q, k, v)
+    """Keys and values are the means of ``p`` cells, which is a projection that it can learn."""
+    q, k, v = smooth_qkv()
+    exact, eye = softmax_attention(q, k, v), torch.eye(256, dtype=torch.float64)
     errors = []
-    for p in (8, 32, 56, 64):
-        # A projection on p directions and back is the best that p tokens of equal weight do.
-        back = basis[:, :p] @ basis[:, :p].T
-        errors.append(error(ops.linformer_attention(q, k, v, back, back), exact))
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-12
+    for side in (2, 4, 8, 16):
+        means = ops.mean_landmarks(eye[None, None], (16, 16), (side, side))[0, 0]
+        assert means.shape == (side**2, 256)
+        errors.append(error(ops.linformer_attention(q, k, v, means, means), exact))
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.1 and errors[-1] < 1e-12
 
 
 @pytest.mark.parametrize('grid', [(16, 12), (5, 7), (1, 33), (1, 7)])
@@ -58,6 +65,21 @@ def test_resized_projection_keeps_what_its_rows_sum(grid):
     constant = torch.ones_like(weight) / math.prod(learned)
     resized = ops.resize_sequence_projection(constant, grid)
     assert resized.shape == (3, math.prod(grid)) and torch.allclose(resized.sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_resized_projection_does_the_same_to_tokens_of_a_finer_grid():
+    """Of a signal that varies slowly, the combinations are nearly those on the learned grid."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(3, 8, 8, generator=generator, dtype=torch.float64)
+    signal = torch.linspace(0, 1, 8, dtype=torch.float64)[:, None] + torch.linspace(0, 2, 8, dtype=torch.float64)
+    learned = weight.flatten(1) @ signal.flatten()
+    for grid in ((16, 16), (13, 20), (5, 6)):
+        finer = F.interpolate(signal[None, None], size=grid, mode='bilinear', antialias=True).flatten()
+        assert torch.allclose(ops.resize_sequence_projection(weight, grid) @ finer, learned, rtol=0.05)
+    # Every learned weight is heard on a coarser grid, too.
+    weight.requires_grad_()
+    ops.resize_sequence_projection(weight, (3, 3)).square().sum().backward()
+    assert (weight.grad != 0).all()
 
 
 def test_features_are_orthogonal_within_their_groups():
@@ -122,11 +144,7 @@ def test_nystrom_is_its_formula_and_exact_with_every_token(grid):
 
 
 def test_nystrom_comes_nearer_with_its_budget():
-    # Neighbours are alike in images; of independent tokens a mean stands for none.
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(3, 2 * 8, 4, 4, generator=generator, dtype=torch.float64)
-    smooth = F.interpolate(coarse, size=(16, 16), mode='bicubic').reshape(3, 1, 2, 8, 256).transpose(-2, -1)
-    q, k, v = smooth
+    q, k, v = smooth_qkv()
     exact = softmax_attention(q, k, v)
     errors = []
     for side in (2, 4, 8, 16):
@@ -147,8 +165,10 @@ def test_mean_landmarks_are_means():
 
 def test_gaussian_is_its_formula():
     q, _, v = qkv(19)
-    expected = torch.exp(-torch.cdist(q, q).square() / 2) @ v
-    assert torch.allclose(ops.gaussian_attention(q, v), expected, atol=1e-10)
+    found = ops.gaussian_attention(q, v)
+    for image, head in ((0, 0), (1, 1)):
+        kernel = torch.from_numpy(rbf_kernel(q[image, head].numpy(), gamma=0.5))
+        assert torch.allclose(found[image, head], kernel @ v[image, head], atol=1e-10)
     assert ops.gaussian_attention(q.half(), v.half()).dtype == torch.float16
 
 
