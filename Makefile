@@ -26,6 +26,9 @@ demo-scratch: env ## run the demo, training from scratch
 experiments: env ## compare attentions by training each with three seeds, on images and on sequences (hours)
 	.venv/bin/python tools/compare_attention.py photo-digits
 	.venv/bin/python tools/compare_attention.py listops
+	.venv/bin/python tools/benchmark_tokens.py attn-soft attn-soft-norm attn-softmax-fused attn-softmax-plain attn-linformer \
+		attn-performer attn-nystrom attn-spatial-reduction attn-gaussian --sizes 128 256 512 1024 --repeats 5 --seconds 10 \
+		--json work_dirs/attention/tokens.json --png work_dirs/attention/tokens.png
 
 landmarks: env ## train the demo's detector and segmentor on with few and many landmarks (hours)
 	.venv/bin/python tools/compare_landmarks.py
