@@ -108,7 +108,7 @@ _CROPS_TASK = Task('photo-digits', '_base_/comparison/photo_digits.py', {'accura
 
 def _prepare_crops(seed, quick):
     cfg = Config.fromfile(_CROPS_TASK.config_file)
-    # Large and nearly upright digits on half-faded photographs: the whole task takes ten times as long to learn.
+    # Large and nearly upright digits on half-faded photographs: the whole task takes longer than minutes to learn.
     digits = dict(digit_size=(0.8, 0.9), max_angle=10.0)
     crops = dict(digits, size=48, background=0.5)
     val = Path(f'{_CROPS}_quick' if quick else _CROPS)
