@@ -3,7 +3,6 @@
 What was interrupted is resumed and what is finished is not done again, see :mod:`soft_mm.analysis.training`.
 """
 
-import json
 import multiprocessing
 import platform
 from concurrent.futures import ProcessPoolExecutor
@@ -15,8 +14,9 @@ from rich.table import Table
 
 from soft_mm.analysis.logs import last_checkpoint
 from soft_mm.analysis.pictures import draw_loss_curves, draw_predictions
-from soft_mm.analysis.training import Task, train_task, write_text
+from soft_mm.analysis.training import Task, train_task
 from soft_mm.datasets.export import MANIFEST, export_photo_digits
+from soft_mm.files import write_json
 
 DATA = Path('data/photo_digits_demo')
 NUM_VAL = dict(num_crops=1000, num_scenes=200)
@@ -75,7 +75,7 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
             pool.submit(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture).result()
     summary['versions'] = _versions()
     path = work_dir / 'summary.json'
-    write_text(path, json.dumps(summary, indent=2) + '\n')
+    write_json(path, summary)
     _print_summary(summary, console)
     console.print(f'{path}, and beside it loss_curves.png, detection.png, segmentation.png')
     return summary

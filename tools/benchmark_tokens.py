@@ -39,7 +39,9 @@ def build_parser():
         ),
     )
     parser.add_argument('contenders', nargs='+', help='what to measure')
-    parser.add_argument('--sizes', type=size, nargs='+', required=True, metavar='HxW', help='sizes in pixels')
+    parser.add_argument(
+        '--sizes', type=size, nargs='+', required=True, metavar='HxW', help='sizes in pixels; of a sequence 1xN'
+    )
     parser.add_argument('--peer', metavar='CONTENDER', help='compare the time of each with this one, in turns')
     parser.add_argument('--train', action='store_true', help='forward and backward (default: forward)')
     parser.add_argument('--batch-size', type=int, default=1, help='images (%(default)s)')

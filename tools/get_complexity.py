@@ -13,7 +13,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of mmpretrain, mmdet or mmsegmentation')
     parser.add_argument(
-        '--shape', type=int, nargs=2, default=(224, 224), metavar=('H', 'W'), help='size of the image (224 224)'
+        '--shape',
+        type=int,
+        nargs=2,
+        default=(224, 224),
+        metavar=('H', 'W'),
+        help='size of the image (224 224), of a sequence 1 and its tokens',
     )
     parser.add_argument('--backbone', action='store_true', help='the backbone alone')
     args = parser.parse_args()

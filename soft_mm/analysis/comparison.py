@@ -18,10 +18,12 @@ from mmengine.registry import MODELS, DefaultScope
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from soft_mm.files import write_json, write_text
+
 from .contenders import Contender
 from .studies import QUICK, SEED, STUDIES
 from .sweep import SweepOptions, machine, run_sweep
-from .training import train_task, write_text
+from .training import train_task
 
 SEEDS = (0, 1, 2)
 
@@ -130,7 +132,7 @@ def _measure_costs(study, names, quick, jobs, file, console):
         found = pool.map(lambda name: _measure_cost(study, name, contenders[name], peer, options), missing)
         for name, cost in zip(missing, found):
             known[keys[name]] = cost
-            write_text(file, json.dumps(known, indent=2) + '\n')
+            write_json(file, known)
             progress.advance(bar)
     return {name: known[keys[name]] for name in names}
 
@@ -191,7 +193,7 @@ def _train_cases(study, names, seed, data, quick, jobs, work_dir, console):
 
 
 def _write_report(report, work_dir):
-    write_text(work_dir / 'comparison.json', json.dumps(report, indent=2) + '\n')
+    write_json(work_dir / 'comparison.json', report)
     write_text(work_dir / 'comparison.md', markdown(report))
     draw_comparison(report, work_dir / 'comparison.png')
 

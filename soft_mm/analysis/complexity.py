@@ -138,22 +138,25 @@ def config_complexity(config, shape, backbone_only=False):
 
     Raises:
         FileNotFoundError: if there is no such config.
-        ValueError: if the config has no model, or no backbone where that alone is asked for.
+        ValueError: if the config has no model, or no backbone where that alone is asked for; for a sequence whose shape
+            does not begin with 1.
     """
     cfg = Config.fromfile(config)
     if 'model' not in cfg or (backbone_only and 'backbone' not in cfg.model):
         raise ValueError(f'{config} has no `model`{".backbone" * backbone_only}; give the config of a whole model')
+    backbone = cfg.model.get('backbone', {})
+    # An encoder of sequences takes ids of tokens.
+    ids = 'vocab_size' in backbone
+    if ids and shape[0] != 1:
+        raise ValueError(f'{config} encodes sequences: shape={tuple(shape)} must be 1 and the number of tokens')
     scope = cfg.get('default_scope', 'mmengine')
     if scope != 'mmengine':
         importlib.import_module(f'{scope}.models')
-    backbone = cfg.model.get('backbone', {})
     # Seeded, for the proposals of a detector depend on the weights.
     with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng([]):
         torch.manual_seed(0)
         # The counter asks parameters that are handed to a module for their gradient's function, and there is none.
         model = MODELS.build(cfg.model.backbone if backbone_only else cfg.model).eval().requires_grad_(False)
-        # An encoder of sequences takes ids of tokens.
-        ids = 'vocab_size' in backbone
         image = torch.ones(1, shape[-1], dtype=int) if ids else torch.rand(1, backbone.get('in_channels', 3), *shape)
         if scope == 'mmdet' and not backbone_only:
             from mmdet.structures import DetDataSample

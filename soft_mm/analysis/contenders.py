@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from soft_mm.models import (
-    GaussianKernelAttention,
-    SequenceEncoder,
-    SoftmaxFreeAttention,
-    SpatialReductionAttention,
-)
+from soft_mm.models import GaussianKernelAttention, SoftmaxFreeAttention, SpatialReductionAttention
 from soft_mm.models.attention import build_attention
 from soft_mm.ops import reference
 
@@ -77,6 +73,15 @@ class Contender:
     kind: str
     config: dict
     variant: str | None = None
+
+    @property
+    def is_sequence(self):
+        """Whether it encodes sequences, whose size is 1 and the tokens."""
+        return self.config.get('type', '').rpartition('.')[2] == 'SequenceEncoder'
+
+    def tokens(self, size):
+        """Tokens of stage 1 at an input of a size, those of a sequence."""
+        return size[1] if self.is_sequence else math.prod(-(-side // STRIDE) for side in size)
 
 
 def parse_contender(text):
@@ -167,7 +172,8 @@ def build_step(contender, size, batch_size, train, device, heads=2, head_dims=32
 
     Args:
         contender (Contender): what to build.
-        size (tuple[int, int]): height and width of the images in pixels; an operator has a quarter of either.
+        size (tuple[int, int]): height and width of the images in pixels, of which an operator has a quarter each; of a
+            sequence 1 and its tokens.
         batch_size (int): images.
         train (bool): forward and backward, instead of forward alone.
         device (torch.device | str): where to compute.
@@ -253,8 +259,7 @@ def _build_backbone(contender, size, batch_size, device, heads, head_dims, train
     model = MODELS.build(config).to(device)
     # That of some backbones returns nothing.
     model.train(train)
-    if isinstance(model, SequenceEncoder):
-        # A sequence is as long as its picture of one row is wide.
+    if contender.is_sequence:
         inputs = torch.randint(1, config['vocab_size'], (batch_size, size[1]), device=device)
     else:
         inputs = torch.rand(batch_size, config.get('in_channels', 3), *size, device=device)

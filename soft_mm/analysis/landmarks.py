@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -10,9 +9,10 @@ from rich.table import Table
 
 from soft_mm.datasets.export import MANIFEST, export_photo_digits
 from soft_mm.demo import DETECTION, SEGMENTATION
+from soft_mm.files import write_json
 
 from .logs import last_checkpoint
-from .training import train_task, write_text
+from .training import train_task
 
 DATA = Path('data/photo_digits_480')
 SIZE, ITERATIONS, WARM_UP = 480, 60, 6
@@ -55,7 +55,7 @@ def compare_landmarks(demo_dir='work_dirs/demo', work_dir='work_dirs/landmarks',
         run = dataclasses.replace(task, name=name)
         metrics = train_task(run, work_dir / name, DATA / MANIFEST, console, options, start)
         rows.append(dict(task=task.name, solver=solver, max_landmarks=bound, **metrics))
-        write_text(work_dir / 'summary.json', json.dumps(rows, indent=2) + '\n')
+        write_json(work_dir / 'summary.json', rows)
     _print_rows(rows, console)
     return rows
 

@@ -59,44 +59,43 @@ def _attention(**options):
     return {f'attention.{key}': value for key, value in options.items()}
 
 
-def _soft(**options):
-    return _attention(**{'max_landmarks': _BUDGET, **options})
+def _soft(max_landmarks, **options):
+    return _attention(max_landmarks=max_landmarks, **options)
+
+
+def _attentions(budget):
+    """The attentions that the papers compare, each with ``budget`` landmarks, projected tokens or features."""
+    return {
+        'SOFT': _soft(budget),
+        'SOFT, normalised': _soft(budget, normalized=True),
+        'softmax': _attention(type='SoftmaxAttention'),
+        'Linformer': _attention(type='LinformerAttention', proj_tokens=budget),
+        'Performer': _attention(type='PerformerAttention', num_features=budget, seed=SEED),
+        'Nystromformer': _attention(type='NystromAttention', num_landmarks=budget),
+        'spatial reduction': _attention(type='SpatialReductionAttention'),
+        'full Gaussian kernel': _attention(type='GaussianKernelAttention'),
+    }
 
 
 # --- photo-digits: at most 16 landmarks a stage, which are all tokens of the later stages, and the same to the rivals
 
 _CROPS = Path('data/photo_digits_comparison')
-_BUDGET = 16
+_CROPS_BUDGET = 16
+_CROP_ATTENTIONS = _attentions(_CROPS_BUDGET)
 _CROP_CASES = {
-    'SOFT': _soft(),
-    'SOFT, normalised': _soft(normalized=True),
-    'softmax': _attention(type='SoftmaxAttention'),
-    'Linformer': _attention(type='LinformerAttention', proj_tokens=_BUDGET),
-    'Performer': _attention(type='PerformerAttention', num_features=_BUDGET, seed=SEED),
-    'Nystromformer': _attention(type='NystromAttention', num_landmarks=_BUDGET),
-    'spatial reduction': _attention(type='SpatialReductionAttention'),
-    'full Gaussian kernel': _attention(type='GaussianKernelAttention'),
-    'sampler mean': _soft(sampler='mean'),
-    'sampler random': _soft(sampler='random', seed=SEED),
-    'Cholesky': _soft(solver='cholesky'),
-    'SVD': _soft(solver='svd'),
-    '1 landmark': _soft(max_landmarks=1),
-    '4 landmarks': _soft(max_landmarks=4),
+    **_CROP_ATTENTIONS,
+    'sampler mean': _soft(_CROPS_BUDGET, sampler='mean'),
+    'sampler random': _soft(_CROPS_BUDGET, sampler='random', seed=SEED),
+    'Cholesky': _soft(_CROPS_BUDGET, solver='cholesky'),
+    'SVD': _soft(_CROPS_BUDGET, solver='svd'),
+    '1 landmark': _soft(1),
+    '4 landmarks': _soft(4),
     'unbounded landmarks': {},
-    '5 iterations': _soft(newton_iterations=5),
-    'Cholesky, normalised': _soft(normalized=True, solver='cholesky'),
+    '5 iterations': _soft(_CROPS_BUDGET, newton_iterations=5),
+    'Cholesky, normalised': _soft(_CROPS_BUDGET, normalized=True, solver='cholesky'),
 }
 _CROP_GROUPS = {
-    'attention': (
-        'SOFT',
-        'SOFT, normalised',
-        'softmax',
-        'Linformer',
-        'Performer',
-        'Nystromformer',
-        'spatial reduction',
-        'full Gaussian kernel',
-    ),
+    'attention': tuple(_CROP_ATTENTIONS),
     'sampler': ('SOFT', 'sampler mean', 'sampler random'),
     'inverse': ('SOFT', 'Cholesky', 'SVD'),
     'landmarks': ('SOFT', '1 landmark', '4 landmarks', 'unbounded landmarks'),
@@ -132,17 +131,7 @@ def _prepare_crops(seed, quick):
 # --- ListOps: sequences, the budget of 32
 
 _LISTOPS = Path('data/listops_comparison')
-_LISTOPS_BUDGET = 32
-_LISTOPS_CASES = {
-    'SOFT': _attention(max_landmarks=_LISTOPS_BUDGET),
-    'SOFT, normalised': _attention(max_landmarks=_LISTOPS_BUDGET, normalized=True),
-    'softmax': _attention(type='SoftmaxAttention'),
-    'Linformer': _attention(type='LinformerAttention', proj_tokens=_LISTOPS_BUDGET),
-    'Performer': _attention(type='PerformerAttention', num_features=_LISTOPS_BUDGET, seed=SEED),
-    'Nystromformer': _attention(type='NystromAttention', num_landmarks=_LISTOPS_BUDGET),
-    'spatial reduction': _attention(type='SpatialReductionAttention'),
-    'full Gaussian kernel': _attention(type='GaussianKernelAttention'),
-}
+_LISTOPS_CASES = _attentions(32)
 _LISTOPS_TASK = Task('listops', '_base_/comparison/listops.py', {'accuracy/top1': ('top1', 0.01)})
 
 

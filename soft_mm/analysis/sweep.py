@@ -18,7 +18,6 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .contenders import STRIDE
 from .measure import summarise
 
 
@@ -73,16 +72,18 @@ def run_sweep(contenders, sizes, options, peer=None, console=None):
 
     Args:
         contenders (list[Contender]): what to measure.
-        sizes (list[tuple[int, int]]): heights and widths in pixels, measured by rising number of pixels.
+        sizes (list[tuple[int, int]]): heights and widths in pixels, measured by rising number of pixels; 1 and the
+            tokens for an encoder of sequences.
         options (SweepOptions): how.
         peer (Contender | None): what each contender's time is compared with, measured in turns with it in one process.
         console (Console | None): where progress is shown. Defaults to a new one.
 
     Returns:
-        list[dict]: one row a contender and size: ``name``, ``size``, ``tokens`` (of stage 1), ``status`` (``'ok'``,
-            ``'out of memory'``, ``'over the time limit'``, ``'not tried'`` or ``'error'`` with its ``message``), and
-            where known ``seconds`` and ``ratio`` (``median``, ``low`` and ``high`` quartiles each), ``bytes``,
-            ``memory_ratio``, ``multiply_adds``, ``images_per_second``, ``tokens_per_second``.
+        list[dict]: one row a contender and size: ``name``, ``size``, ``tokens`` (of stage 1, or of the
+            sequence), ``status`` (``'ok'``, ``'out of memory'``, ``'over the time limit'``, ``'not tried'`` or
+            ``'error'`` with its ``message``), and where known ``seconds`` and ``ratio`` (``median``, ``low`` and
+            ``high`` quartiles each), ``bytes``, ``memory_ratio``, ``multiply_adds``, ``images_per_second``,
+            ``tokens_per_second``.
 
     Raises:
         ValueError: for a device that does not exist.
@@ -97,17 +98,13 @@ def run_sweep(contenders, sizes, options, peer=None, console=None):
             given_up = False
             for size in sizes:
                 progress.update(task, description=escape(f'{contender.name} {size[0]}x{size[1]}'))
-                row = dict(name=contender.name, size=list(size), tokens=_tokens(size))
+                row = dict(name=contender.name, size=list(size), tokens=contender.tokens(size))
                 row |= dict(status='not tried') if given_up else _measure_point(contender, size, options, peer)
                 # An error may be that of a size too small.
                 given_up = row['status'] not in ('ok', 'error')
                 rows.append(row)
                 progress.advance(task)
     return rows
-
-
-def _tokens(size):
-    return math.prod(-(-side // STRIDE) for side in size)
 
 
 def _measure_point(contender, size, options, peer):
@@ -131,7 +128,7 @@ def _measure_point(contender, size, options, peer):
             seconds, peer_seconds = row.pop('seconds'), row.pop('peer_seconds', None)
             row['seconds'] = summarise(seconds)
             row['images_per_second'] = options.batch_size / row['seconds']['median']
-            row['tokens_per_second'] = row['images_per_second'] * _tokens(size)
+            row['tokens_per_second'] = row['images_per_second'] * contender.tokens(size)
             if peer_seconds:
                 row['ratio'] = summarise([mine / theirs for mine, theirs in zip(seconds, peer_seconds)])
         elif compared:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from soft_mm.files import write_json
+
 from .logs import last_checkpoint, read_scalars
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +85,7 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None, thr
     start = time.time()
     log = work_dir / 'output.log' if threads else None
     try:
-        write_text(record_file, json.dumps(record))
+        write_json(record_file, record)
         common = [str(task.config_file), '--work-dir', str(work_dir)]
         resume = ['--resume', str(checkpoint)] if checkpoint else []
         overrides = ['--cfg-options', *(f'{key}={value}' for key, value in options.items())] if options else []
@@ -97,23 +99,16 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None, thr
         raise RuntimeError(f'{task.name} failed with exit code {error.returncode}; its log is in {work_dir}') from error
     finally:
         record['seconds'] = round(record['seconds'] + time.time() - start, 1)
-        write_text(record_file, json.dumps(record))
+        write_json(record_file, record)
     logged = _logged_metrics(task, work_dir) or json.loads(metrics_file.read_text())
     record['metrics'] = {name: round(logged[key] * scale, 4) for key, (name, scale) in task.metrics.items()}
-    write_text(record_file, json.dumps(record))
+    write_json(record_file, record)
     return dict(record['metrics'], seconds=record['seconds'])
 
 
 def _as_argument(value):
     """A value as mmengine reads it from the command line, where blanks separate."""
     return value if isinstance(value, str) else str(value) if isinstance(value, Path) else str(value).replace(' ', '')
-
-
-def write_text(path, text):
-    """Write a file at once, so that an interruption leaves the earlier one."""
-    part = path.with_suffix('.part')
-    part.write_text(text)
-    part.replace(path)
 
 
 def _run_tool(name, *arguments, log, threads):

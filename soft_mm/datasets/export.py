@@ -9,10 +9,13 @@ import cv2
 import numpy as np
 from rich.progress import track
 
+from soft_mm.files import read_manifest, write_json
+
 from .mm_datasets import encode_mask
 from .photo_digits import CLASSES, PALETTE, PHOTOGRAPHS, SPLITS, CropGenerator, SceneGenerator
 
 MANIFEST = 'photo_digits.json'
+_NAME = 'photo-digits'
 _SHEET_SCENES, _SHEET_CROPS = (3, 4), (3, 16)
 _SHEET_SIDE = 256
 
@@ -72,20 +75,20 @@ def export_photo_digits(
             generators[split, generator.kind] = generator
 
     manifest = _make_manifest(generators)
-    existing = _read_manifest(out)
+    existing = read_manifest(out / MANIFEST, _NAME)
     if existing == dict(manifest, complete=True):
         return False
     if existing is not None:
         # a run that is interrupted while it removes files must not leave them declared complete
-        _write_json(out / MANIFEST, dict(existing, complete=False))
+        write_json(out / MANIFEST, dict(existing, complete=False))
         _remove_files(out, existing['options'])
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / MANIFEST, manifest)
+    write_json(out / MANIFEST, manifest)
     for split in splits:
         crops = _write_crops(out / split / 'crops', generators[split, 'crop'])
         scenes = _write_scenes(out, generators[split, 'scene'])
         _write_image(out / f'contact_sheet_{split}.png', _draw_sheet(scenes, crops))
-    _write_json(out / MANIFEST, dict(manifest, complete=True))
+    write_json(out / MANIFEST, dict(manifest, complete=True))
     return True
 
 
@@ -94,7 +97,7 @@ def _make_manifest(generators):
     for (split, kind), generator in generators.items():
         options.setdefault(split, {})[kind] = generator.options
     manifest = dict(
-        name='photo-digits',
+        name=_NAME,
         complete=False,
         options=options,
         classes=CLASSES,
@@ -118,27 +121,6 @@ def _make_manifest(generators):
         ],
     )
     return json.loads(json.dumps(manifest))  # tuples become lists, as in a manifest that was read
-
-
-def _read_manifest(out):
-    """Read the manifest of a folder that is ours; None for a missing or empty one."""
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise FileExistsError(f'{out} is not a folder')
-    if not any(out.iterdir()):
-        return None
-    try:
-        manifest = json.loads((out / MANIFEST).read_text())
-        ours = manifest['name'] == 'photo-digits' and isinstance(manifest['options'], dict)
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(
-            f'{out} is not empty and holds no {MANIFEST} of this data set, so nothing was written; '
-            'name a new or an empty folder'
-        )
-    return manifest
 
 
 def _remove_files(out, options):
@@ -206,7 +188,7 @@ def _write_scenes(out, generator):
         annotations=annotations,
         categories=categories,
     )
-    _write_json(out / 'annotations' / f'instances_{split}.json', content, indent=None)
+    write_json(out / 'annotations' / f'instances_{split}.json', content, indent=None)
     return first
 
 
@@ -259,7 +241,3 @@ def _file_name(index):
 def _write_image(path, image):
     if not cv2.imwrite(str(path), image):
         raise OSError(f'cannot write {path}')
-
-
-def _write_json(path, content, indent=2):
-    path.write_text(json.dumps(content, indent=indent) + '\n')

@@ -5,12 +5,12 @@ Range Arena (arXiv:2011.04006, section 2.2.1, and its generator), after ListOps 
 depend on the seed and on the options alone, and no sequence is in two splits.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 from mmengine.dataset import BaseDataset
 
+from soft_mm.files import read_manifest, write_json
 from soft_mm.registry import DATASETS
 
 DIGITS = tuple('0123456789')
@@ -22,6 +22,7 @@ SPLITS = ('train', 'val', 'test')
 OPERATOR_PROB = 0.25  # of a node above the maximal depth
 MIN_ARGS = 2
 MANIFEST = 'listops.json'
+_NAME = 'listops'
 
 _HEADER = 'Source\tTarget'
 _IDS = {token: index for index, token in enumerate(VOCABULARY) if index}
@@ -180,7 +181,7 @@ def write_listops(folder, num_train, num_val, num_test, min_length, max_length, 
     shape = dict(min_length=min_length, max_length=max_length, max_depth=max_depth, max_args=max_args)
     options = {**{f'num_{split}': number for split, number in numbers.items()}, **shape, 'seed': seed}
     _check_options(options)
-    existing = _read_manifest(folder)
+    existing = read_manifest(folder / MANIFEST, _NAME)
     if existing is not None and existing['complete']:
         if existing['options'] == options:
             return False
@@ -189,13 +190,14 @@ def write_listops(folder, num_train, num_val, num_test, min_length, max_length, 
             'folder, or remove this one first'
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write_manifest(folder, options, complete=False)
+    manifest = dict(name=_NAME, options=options, vocabulary=VOCABULARY)
+    write_json(folder / MANIFEST, dict(manifest, complete=False))
     seen = set()
     # The largest split last, so that the others do not depend on its size.
     for index, split in reversed(list(enumerate(SPLITS))):
         samples = generate_samples(np.random.default_rng((seed, index)), **shape)
         _write_split(folder / f'basic_{split}.tsv', _distinct(samples, numbers[split], seen))
-    _write_manifest(folder, options, complete=True)
+    write_json(folder / MANIFEST, dict(manifest, complete=True))
     return True
 
 
@@ -242,34 +244,6 @@ def _write_split(path, samples):
         for tokens, value in samples:
             file.write(f'{" ".join(names[tokens])}\t{value}\n')
     part.replace(path)
-
-
-def _write_manifest(folder, options, complete):
-    manifest = dict(name='listops', complete=complete, options=options, vocabulary=VOCABULARY)
-    part = folder / f'{MANIFEST}.part'
-    part.write_text(json.dumps(manifest, indent=2) + '\n')
-    part.replace(folder / MANIFEST)
-
-
-def _read_manifest(folder):
-    """Read the manifest of a folder that is ours; None for a missing or empty one."""
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise FileExistsError(f'{folder} is not a folder')
-    if not any(folder.iterdir()):
-        return None
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        ours = manifest['name'] == 'listops' and {'complete', 'options'} <= set(manifest)
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(
-            f'{folder} is not empty and holds no {MANIFEST} of this data set, so nothing was written; name a new or an '
-            'empty folder'
-        )
-    return manifest
 
 
 @DATASETS.register_module()

@@ -56,6 +56,8 @@ def test_sequences_are_counted():
     config = ROOT / 'configs/listops/soft_listops.py'
     counts = [config_complexity(config, (1, n))[-1].multiply_adds for n in (64, 128)]
     assert 0 < counts[0] < counts[1]
+    with pytest.raises(ValueError, match=r'shape=\(224, 224\) must be 1 and the number of tokens'):
+        config_complexity(config, (224, 224))
 
 
 def test_tool(tmp_path, environment):

@@ -69,6 +69,7 @@ def test_contenders_that_cannot_be_built_are_named(text, message):
 def test_encoder_of_sequences_takes_a_step(train):
     config = dict(type='soft_mm.SequenceEncoder', vocab_size=16, length=80, embed_dims=16)
     contender = contenders.Contender('encoder', 'encoder', 'backbone', config)
+    assert contender.tokens((1, 80)) == 80 and parse_contender('attn-soft').tokens((52, 78)) == 13 * 20
     shorter, longer = (count_multiply_adds(build_step(contender, (1, n), 1, train, 'cpu')) for n in (40, 80))
     assert 0 < shorter < longer
 
