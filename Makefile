@@ -23,7 +23,7 @@ demo: env ## run the demo
 demo-scratch: env ## run the demo, training from scratch
 	.venv/bin/python tools/demo.py --from-scratch
 
-experiments: env ## compare attentions by training each with three seeds, on images and on sequences (hours)
+experiments: env ## compare attentions by training each with three seeds, on images and on sequences (two hours)
 	.venv/bin/python tools/compare_attention.py photo-digits
 	.venv/bin/python tools/compare_attention.py listops
 	.venv/bin/python tools/benchmark_tokens.py attn-soft attn-soft-norm attn-softmax-fused attn-softmax-plain attn-linformer \

@@ -67,8 +67,6 @@ def test_another_attention_takes_its_place(kind, use):
     from soft_mm.cli import load_config, runner_parser
 
     options = ['model.backbone.attention._delete_=True', f'model.backbone.attention.type={kind}', *LENGTHS]
-    if kind == 'LinformerAttention':
-        options.append('model.backbone.attention.grid=[40]')
     parser = runner_parser('')
     cfg = load_config(parser, parser.parse_args([str(CONFIG), '--cfg-options', *options]))
     use('mmpretrain')

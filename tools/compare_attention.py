@@ -6,7 +6,7 @@ again.
 
 import argparse
 
-from soft_mm.analysis.comparison import SEEDS, STUDIES, compare_attention
+from soft_mm.analysis.comparison import QUICK_SEEDS, SEEDS, STUDIES, compare_attention
 from soft_mm.cli import resumable_job
 
 
@@ -14,7 +14,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('study', choices=STUDIES, help='data set and small model')
     parser.add_argument('--groups', nargs='+', metavar='TITLE', help='tables to fill (all)')
-    parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS, help='of weights and data (%(default)s)')
+    parser.add_argument(
+        '--seeds', type=int, nargs='+', help=f'of weights and data ({SEEDS}; {QUICK_SEEDS} with --quick)'
+    )
     parser.add_argument('--quick', action='store_true', help='a few iterations, to see that everything runs')
     parser.add_argument('--jobs', type=int, help='trainings at a time, which share the CPUs (one a CPU; one on a GPU)')
     parser.add_argument('--work-dir', help='trainings and results (work_dirs/attention/<study>)')

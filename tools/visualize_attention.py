@@ -27,8 +27,10 @@ def main():
     parser.add_argument('--out', default='attention.png', help='picture to write (%(default)s)')
     args = parser.parse_args()
     try:
-        (file,) = find_images(args.image)
-        image = mmcv.imread(file, channel_order='rgb')
+        images = find_images(args.image)
+        if len(images) > 1:
+            raise ValueError(f'{args.image} holds {len(images)} images; give one')
+        image = mmcv.imread(images[0], channel_order='rgb')
         model = load_model(args.config, args.checkpoint)
         rows = image_attention(model, image, args.points, args.stage, args.block)
         draw_attention(image, rows, args.points, args.out, args.head)

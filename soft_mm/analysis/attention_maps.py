@@ -12,9 +12,28 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from soft_mm.inference import check_weights, load_whole_model
-from soft_mm.models import GaussianKernelAttention, SoftmaxFreeAttention, SpatialReductionAttention
+from soft_mm.models import (
+    SOFT,
+    GaussianKernelAttention,
+    LinformerAttention,
+    NystromAttention,
+    PerformerAttention,
+    SoftmaxAttention,
+    SoftmaxFreeAttention,
+    SpatialReductionAttention,
+)
 from soft_mm.models.attention import as_map, split_heads
 from soft_mm.ops import gaussian_kernel
+
+_DRAWN = (
+    SoftmaxFreeAttention,
+    SoftmaxAttention,
+    LinformerAttention,
+    PerformerAttention,
+    NystromAttention,
+    SpatialReductionAttention,
+    GaussianKernelAttention,
+)
 
 
 def attention_rows(module, x, grid, points):
@@ -26,16 +45,18 @@ def attention_rows(module, x, grid, points):
     Args:
         module (nn.Module): an attention of :mod:`soft_mm.models`.
         x (Tensor): its tokens ``(1, n, C)``.
-        grid (tuple[int, int]): their grid.
+        grid (tuple[int, ...]): their grid.
         points (list[int]): queries, by their place among the tokens.
 
     Returns:
-        Tensor: ``(len(points), h, H, W)``. Of an attention over a coarser grid that grid is enlarged to this one, each
-            entry shared by the tokens it stands for.
+        Tensor: ``(len(points), h, H, W)``. Of an attention over a coarser grid each entry is shared by the tokens that
+            it was made of; a token that none was made of has zero.
 
     Raises:
-        TypeError: for another attention.
+        ValueError: for another attention.
     """
+    if not isinstance(module, _DRAWN):
+        raise ValueError(f'{type(module).__name__} has no rows to draw: give an attention of soft_mm.models')
     grid, columns = as_map(grid, module.grid_dims, x.shape[1]), None
     with torch.no_grad():
         if isinstance(module, GaussianKernelAttention):
@@ -50,10 +71,8 @@ def attention_rows(module, x, grid, points):
             (q,) = _heads(module, module.q(x), 1)
             k, v, columns = module.reduce(x, grid)
             others = (q, k)
-        elif hasattr(module, 'qkv') and hasattr(module, 'attend'):
-            *others, v = _heads(module, module.qkv(x), 3)
         else:
-            raise TypeError(f'{type(module).__name__} has no rows to draw: give an attention of soft_mm.models')
+            *others, v = _heads(module, module.qkv(x), 3)
     # One channel is enough, for all are weighted alike.
     values = v[..., :1].clone().requires_grad_()
     with torch.enable_grad():
@@ -65,8 +84,12 @@ def attention_rows(module, x, grid, points):
     maps = torch.stack(rows)[:, 0, ..., 0].detach()
     if columns is None:
         return maps.unflatten(-1, grid)
-    share = columns[0] * columns[1] / (grid[0] * grid[1])
-    return F.interpolate(maps.unflatten(-1, columns), size=grid, mode='nearest') * share
+    maps = maps.unflatten(-1, columns)
+    for dim, side, patch in zip((-2, -1), grid, module.kernel):
+        # A side shorter than the patch was stretched to one.
+        cells = min(side, patch)
+        maps = maps.repeat_interleave(cells, dim) / cells
+    return F.pad(maps, (0, grid[1] - maps.shape[-1], 0, grid[0] - maps.shape[-2]))
 
 
 def _heads(module, projected, parts):
@@ -85,13 +108,16 @@ def load_model(config, checkpoint):
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if the checkpoint is of another model, or cannot be read.
+        ValueError: if the config has no SOFT backbone, or if the checkpoint is of another model or cannot be read.
     """
     cfg = Config.fromfile(config)
+    backbone = cfg.get('model', {}).get('backbone', {})
+    if 'type' not in backbone or MODELS.get(backbone.type) is not SOFT:
+        raise ValueError(f'{config} has no SOFT as `model.backbone`; give the config of a model with one')
     scope = cfg.get('default_scope', 'mmengine')
     if scope != 'mmengine':
         importlib.import_module(f'{scope}.models')
-    cfg.model.backbone.init_cfg = None
+    backbone.init_cfg = None
     if 'data_preprocessor' in cfg:
         # As mmengine's runner does.
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)

@@ -26,9 +26,10 @@ from .sweep import SweepOptions, machine, run_sweep
 from .training import train_task
 
 SEEDS = (0, 1, 2)
+QUICK_SEEDS = (0,)
 
 
-def compare_attention(study, groups=None, seeds=SEEDS, quick=False, jobs=None, work_dir=None, console=None):
+def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, work_dir=None, console=None):
     """Train and measure the cases of a study, and write ``comparison.json``, ``.md`` and ``.png``.
 
     They are written anew after every seed.
@@ -36,7 +37,8 @@ def compare_attention(study, groups=None, seeds=SEEDS, quick=False, jobs=None, w
     Args:
         study (str): key of :data:`STUDIES`.
         groups (Sequence[str] | None): titles of the tables to fill. Defaults to None, all.
-        seeds (Sequence[int]): every case is trained with each; a seed stands for weights and training data.
+        seeds (Sequence[int] | None): every case is trained with each; a seed stands for weights and training data.
+            Defaults to None, :data:`SEEDS`, and one where the quick form is asked for.
         quick (bool): a few iterations on a few samples, to see that everything runs. Defaults to False.
         jobs (int | None): trainings at a time, which share the processors. Defaults to None, one a processor, and one
             on a GPU.
@@ -52,6 +54,7 @@ def compare_attention(study, groups=None, seeds=SEEDS, quick=False, jobs=None, w
         ValueError: for an unknown study or group, for none, for no seed or one given twice, or for no job.
     """
     study, groups = _select(study, groups)
+    seeds = (QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f'seeds={list(seeds)}: give at least one, and each once')
     jobs = jobs if jobs is not None else 1 if _device() == 'cuda' else len(os.sched_getaffinity(0))
@@ -146,6 +149,11 @@ def _measure_cost(study, name, contender, peer, options):
             raise RuntimeError(f'{name} could not be measured: {row.get("message", row)}')
         return row
 
+    def speed(row):
+        # The lower quartile of the time is the upper one of the speed.
+        turned = dict(median='median', low='high', high='low')
+        return {key: options.batch_size / row['seconds'][other] for key, other in turned.items()}
+
     training, inference = measure(train=True), measure(memory=False)
     itself = dict(median=1.0, low=1.0, high=1.0)
     with DefaultScope.overwrite_default_scope('mmengine'):
@@ -154,9 +162,9 @@ def _measure_cost(study, name, contender, peer, options):
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         multiply_adds=inference['multiply_adds'] // options.batch_size,
         training_bytes=training['bytes'],
-        training_images_per_second=training['images_per_second'],
+        training_images_per_second=speed(training),
         training_time_ratio=training.get('ratio', itself),
-        inference_images_per_second=inference['images_per_second'],
+        inference_images_per_second=speed(inference),
         inference_time_ratio=inference.get('ratio', itself),
     )
 
@@ -215,8 +223,9 @@ def markdown(report):
         '',
         f'Costs are those of the backbone at {size} and batch {report["batch_size"]}, with '
         f'{report["machine"]["threads"]} threads: training is forward and backward, times are multiples of that of '
-        f'{names[0]}, measured in turns with it, with quartiles, and multiply-adds are of one forward. Top-1 is the '
-        f'mean of {seeds} seeds, with the lowest and the highest.',
+        f'{names[0]}, measured in turns with it, with quartiles. Compare lines by these: {unit}/s are of different '
+        'minutes. Multiply-adds are of one forward. Top-1 is the mean of '
+        f'{seeds} seed{"s" * (seeds > 1)}, with the lowest and the highest.',
     ]
     if report['quick']:
         lines += ['', '**The quick form: these accuracies mean nothing.**']
@@ -232,6 +241,9 @@ def markdown(report):
 
 
 def _line(name, case):
+    def speed(which):
+        return '{median:.0f} ({low:.0f}-{high:.0f})'.format(**case[f'{which}_images_per_second'])
+
     def ratio(which):
         return '{median:.2f} ({low:.2f}-{high:.2f})'.format(**case[f'{which}_time_ratio'])
 
@@ -240,9 +252,9 @@ def _line(name, case):
         f'{case["parameters"] / 1e6:.3f} M',
         f'{case["multiply_adds"] / 1e6:.1f} M',
         f'{case["training_bytes"] / 2**20:.0f} MiB',
-        f'{case["training_images_per_second"]:.0f}',
+        speed('training'),
         ratio('training'),
-        f'{case["inference_images_per_second"]:.0f}',
+        speed('inference'),
         ratio('inference'),
         '{mean:.3f} ({low:.3f}-{high:.3f})'.format(**case['top1']),
     )

@@ -77,7 +77,7 @@ class Contender:
     @property
     def is_sequence(self):
         """Whether it encodes sequences, whose size is 1 and the tokens."""
-        return self.config.get('type', '').rpartition('.')[2] == 'SequenceEncoder'
+        return 'vocab_size' in self.config
 
     def tokens(self, size):
         """Tokens of stage 1 at an input of a size, those of a sequence."""
@@ -184,8 +184,10 @@ def build_step(contender, size, batch_size, train, device, heads=2, head_dims=32
         Callable[[], None]: one step.
 
     Raises:
-        ValueError: if the backbone is not registered.
+        ValueError: if the backbone is not registered, or for a sequence whose size does not begin with 1.
     """
+    if contender.is_sequence and size[0] != 1:
+        raise ValueError(f'{contender.name!r} encodes sequences: size {size[0]}x{size[1]} must be 1xN, of N tokens')
     build = _build_operator if contender.kind == 'operator' else _build_backbone
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

@@ -47,7 +47,7 @@ def measure(request):
     if request['max_bytes'] and device.type == 'cpu':
         _limit_memory(request['max_bytes'])
     if request['what'] == 'memory':
-        return dict(bytes=_peak_memory(build, contenders[0], device))
+        return dict(bytes=_peak_memory(build, contenders[0], request['size'], device))
     steps = [build(contender) for contender in contenders]
     times = _times(steps, request['repeats'], request['seconds'], device)
     del steps
@@ -80,11 +80,11 @@ def _times(steps, repeats, seconds, device):
     return dict(zip(('seconds', 'peer_seconds'), times))
 
 
-def _peak_memory(build, contender, device):
+def _peak_memory(build, contender, size, device):
     if device.type == 'cpu':
         # What is resident is then what the tensors need, and not what the allocator happens to keep of freed ones.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-    build(contender, _WARM_SIZE)()
+    build(contender, (1, min(size[1], _WARM_SIZE[1])) if contender.is_sequence else _WARM_SIZE)()
     step = build(contender)
     if device.type == 'cuda':
         _synchronize(device)

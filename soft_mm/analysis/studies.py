@@ -91,7 +91,9 @@ _CROP_CASES = {
     '1 landmark': _soft(1),
     '4 landmarks': _soft(4),
     'unbounded landmarks': {},
+    '1 iteration': _soft(_CROPS_BUDGET, newton_iterations=1),
     '5 iterations': _soft(_CROPS_BUDGET, newton_iterations=5),
+    '10 iterations': _soft(_CROPS_BUDGET, newton_iterations=10),
     'Cholesky, normalised': _soft(_CROPS_BUDGET, normalized=True, solver='cholesky'),
 }
 _CROP_GROUPS = {
@@ -99,7 +101,7 @@ _CROP_GROUPS = {
     'sampler': ('SOFT', 'sampler mean', 'sampler random'),
     'inverse': ('SOFT', 'Cholesky', 'SVD'),
     'landmarks': ('SOFT', '1 landmark', '4 landmarks', 'unbounded landmarks'),
-    'Newton iterations': ('SOFT', '5 iterations'),
+    'Newton iterations': ('SOFT', '1 iteration', '5 iterations', '10 iterations'),
     'normalisation': ('SOFT', 'SOFT, normalised', 'Cholesky', 'Cholesky, normalised'),
 }
 _CROPS_TASK = Task('photo-digits', '_base_/comparison/photo_digits.py', {'accuracy/top1': ('top1', 0.01)})

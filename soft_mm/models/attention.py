@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 
 from soft_mm import ops
-from soft_mm.ops.attention import check_solver
+from soft_mm.ops.attention import check_count, check_solver
 from soft_mm.registry import MODELS
 
 # What the backbone gives to every attention.
@@ -123,10 +123,9 @@ class SoftmaxFreeAttention(BaseModule):
             raise ValueError(f'sampler={sampler!r} is unknown; choose one of {SAMPLERS}')
         if not isinstance(normalized, bool):
             raise ValueError(f'normalized={normalized!r} must be True or False')
-        if max_landmarks is not None and (
-            not isinstance(max_landmarks, int) or isinstance(max_landmarks, bool) or max_landmarks < 1
-        ):
-            raise ValueError(f'max_landmarks={max_landmarks!r} must be None (no bound) or a whole number from 1 up')
+        if max_landmarks is not None:
+            check_count('max_landmarks', max_landmarks)
+        check_count('seed', seed, least=0)
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
         self.normalized = normalized
@@ -215,6 +214,7 @@ class SoftmaxFreeAttention(BaseModule):
             'max_landmarks',
             'ridge',
             'sampler',
+            'seed',
             'grid_dims',
         )
         return ', '.join(f'{option}={getattr(self, option)!r}' for option in options)

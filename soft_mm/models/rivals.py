@@ -15,6 +15,8 @@ from soft_mm.registry import MODELS
 
 from .attention import as_map, check_shape, local_conv, map_kernel, split_heads
 
+# -1 outside of a backward pass. Not there before PyTorch 2.1.
+_backward_pass = getattr(torch._C, '_current_graph_task_id', lambda: -1)
 # A stage of 224x224 pixels has seven patches of its ratio along a side.
 _PATCHES = 7
 
@@ -139,6 +141,7 @@ class PerformerAttention(_Attention):
         check_count('num_features', num_features)
         if redraw_interval is not None:
             check_count('redraw_interval', redraw_interval)
+        check_count('seed', seed, least=0)
         self.redraw_interval = redraw_interval
         self.forwards = 0
         generator = torch.Generator().manual_seed(seed)
@@ -146,7 +149,8 @@ class PerformerAttention(_Attention):
         self.register_buffer('features', features)
 
     def attend(self, q, k, v, grid):
-        if self.training and self.redraw_interval:
+        # A forward that checkpointing repeats in the backward pass needs the features that it had.
+        if self.training and self.redraw_interval and _backward_pass() == -1:
             if self.forwards == self.redraw_interval:
                 self.redraw()
             self.forwards += 1
@@ -201,7 +205,7 @@ class NystromAttention(_Attention):
 @MODELS.register_module()
 class SpatialReductionAttention(BaseModule):
     """Softmax attention over keys and values of a grid that a strided convolution has made coarser (PVT,
-    arXiv:2102.12122, section 3.3).
+    arXiv:2102.12122, section 3.3). With a ratio of 1 there is neither a convolution nor its norm.
 
     Args:
         embed_dims (int): channels ``C``.
@@ -217,10 +221,11 @@ class SpatialReductionAttention(BaseModule):
         check_shape(embed_dims, num_heads, ratio, conv_size, grid_dims)
         self.num_heads = num_heads
         self.grid_dims = grid_dims
-        kernel = map_kernel(ratio, grid_dims)
+        self.kernel = map_kernel(ratio, grid_dims)
         self.q = nn.Linear(embed_dims, embed_dims)
-        self.reduction = nn.Conv2d(embed_dims, embed_dims, kernel, kernel)
-        self.norm = nn.LayerNorm(embed_dims)
+        if ratio > 1:
+            self.reduction = nn.Conv2d(embed_dims, embed_dims, self.kernel, self.kernel)
+            self.norm = nn.LayerNorm(embed_dims)
         self.kv = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
@@ -231,13 +236,15 @@ class SpatialReductionAttention(BaseModule):
 
     def reduce(self, x, grid):
         """Keys and values ``(B, h, m, d)`` of the coarser grid, and that grid, of tokens ``(B, n, C)`` on a map."""
-        maps = x.transpose(1, 2).unflatten(2, grid)
-        size = tuple(max(side, least) for side, least in zip(grid, self.reduction.kernel_size))
-        if size != grid:
-            maps = F.interpolate(maps, size=size, mode='nearest')
-        maps = self.reduction(maps)
-        reduced = self.norm(maps.flatten(2).transpose(1, 2))
-        return *(split_heads(part, self.num_heads) for part in self.kv(reduced).chunk(2, dim=-1)), maps.shape[-2:]
+        if max(self.kernel) > 1:
+            maps = x.transpose(1, 2).unflatten(2, grid)
+            size = tuple(max(side, least) for side, least in zip(grid, self.kernel))
+            if size != grid:
+                maps = F.interpolate(maps, size=size, mode='nearest')
+            maps = self.reduction(maps)
+            grid = tuple(maps.shape[-2:])
+            x = self.norm(maps.flatten(2).transpose(1, 2))
+        return *(split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1)), grid
 
     def attend(self, q, x, grid):
         """Queries ``(B, h, n, d)`` and the tokens whose keys and values they attend to, on a map, in."""

@@ -1,6 +1,6 @@
 """The attention mathematics as pure functions on tensors; needs torch and nothing else.
 
-:mod:`soft_mm.ops.reference` holds the same formulae plainly, as the oracle of the tests.
+:mod:`soft_mm.ops.reference` holds those of SOFT plainly, as the oracle of the tests.
 """
 
 from .attention import local_branch, normalized_softmax_free_attention, softmax_free_attention

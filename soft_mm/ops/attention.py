@@ -19,10 +19,10 @@ def check_solver(solver, newton_iterations, newton_backward):
     check_count('newton_iterations', newton_iterations)
 
 
-def check_count(name, value):
-    """Raise a ``ValueError`` that names the option if its value is no whole number from 1 up."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name}={value!r} must be a whole number from 1 up')
+def check_count(name, value, least=1):
+    """Raise a ``ValueError`` that names the option if its value is no whole number from ``least`` up."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f'{name}={value!r} must be a whole number from {least} up')
 
 
 def _kernel_and_ridge_matrix(landmarks, ridge):

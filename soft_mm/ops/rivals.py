@@ -63,7 +63,10 @@ def orthogonal_features(num_features, dims, generator=None, device=None):
     """
     options = dict(generator=generator, device=device)
     groups = -(-num_features // dims)
-    basis = torch.linalg.qr(torch.randn(groups, dims, dims, **options))[0].flatten(0, 1)[:num_features]
+    basis, upper = torch.linalg.qr(torch.randn(groups, dims, dims, **options))
+    # With the signs that a factorisation by Gram and Schmidt would have, directions are uniform on the sphere.
+    basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    basis = basis.flatten(0, 1)[:num_features]
     lengths = torch.randn(num_features, dims, **options).norm(dim=1, keepdim=True)
     return basis * lengths
 
@@ -134,13 +137,22 @@ def nystrom_attention(q, k, v, query_landmarks, key_landmarks, iterations=6):
     Returns:
         Tensor: ``(B, h, n, d)``.
     """
-    scale = q.shape[-1] ** -0.5
-    middle = torch.softmax(query_landmarks @ key_landmarks.transpose(-2, -1) * scale, dim=-1)
     gathered = F.scaled_dot_product_attention(query_landmarks, k, v)
-    spread = iterative_pinv(middle, iterations).to(gathered.dtype) @ gathered
+    spread = _spread_over_landmarks(query_landmarks, key_landmarks, gathered, iterations)
     return F.scaled_dot_product_attention(q, key_landmarks, spread)
 
 
+@without_autocast
+def _spread_over_landmarks(query_landmarks, key_landmarks, gathered, iterations):
+    """``softmax(l_q l_k^T)^+`` times what the landmarks gathered, in its dtype, computed in float32 or wider."""
+    dtype = compute_dtype(gathered)
+    query_landmarks, key_landmarks = query_landmarks.to(dtype), key_landmarks.to(dtype)
+    scale = query_landmarks.shape[-1] ** -0.5
+    middle = torch.softmax(query_landmarks @ key_landmarks.transpose(-2, -1) * scale, dim=-1)
+    return (iterative_pinv(middle, iterations) @ gathered.to(dtype)).to(gathered.dtype)
+
+
+@without_autocast
 def gaussian_attention(q, v):
     """``g(q, q) v``: the Gaussian kernel between all tokens, without decomposition (SOFT, section 3.1).
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from soft_mm import SOFT
-from soft_mm.analysis.attention_maps import attention_rows, image_attention
+from soft_mm.analysis.attention_maps import attention_rows, image_attention, load_model
 from soft_mm.models.attention import build_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +62,20 @@ def test_rows_over_a_coarser_grid_are_shared_out():
     rows = attention_rows(module, torch.randn(1, 48, 16, dtype=torch.float64), (6, 8), [5])
     assert rows.shape == (1, 2, 6, 8) and torch.allclose(rows.sum((-2, -1)), torch.ones(1, 2, dtype=torch.float64))
     assert torch.equal(rows[..., ::2, ::2], rows[..., 1::2, 1::2])
+    # The convolution leaves out what its patches do not fill.
+    rows = attention_rows(module, torch.randn(1, 35, 16, dtype=torch.float64), (5, 7), [30])
+    assert torch.allclose(rows.sum((-2, -1)), torch.ones(1, 2, dtype=torch.float64))
+    assert not rows[..., 4, :].any() and not rows[..., 6].any() and torch.equal(rows[..., 0, ::2], rows[..., 1, ::2])
+    # A side that is shorter than the patch is stretched to it.
+    rows = attention_rows(module, torch.randn(1, 6, 16, dtype=torch.float64), (1, 6), [0])
+    assert torch.allclose(rows.sum((-2, -1)), torch.ones(1, 2, dtype=torch.float64)) and rows.shape == (1, 2, 1, 6)
+
+
+def test_other_attentions_and_models_are_named(tmp_path):
+    with pytest.raises(ValueError, match='Linear has no rows to draw: give an attention of soft_mm.models'):
+        attention_rows(torch.nn.Linear(16, 16), torch.zeros(1, 4, 16), (2, 2), [0])
+    with pytest.raises(ValueError, match='soft_listops.py has no SOFT as `model.backbone`'):
+        load_model(ROOT / 'configs/listops/soft_listops.py', tmp_path / 'none.pth')
 
 
 @pytest.mark.parametrize(
@@ -119,21 +133,24 @@ def test_points_are_pixels_of_the_image():
             image_attention(model, image, *arguments)
 
 
-def test_tool_draws_and_refuses(tmp_path):
+def test_tool_draws_and_refuses(tmp_path, environment):
     mmcv.imwrite(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), str(tmp_path / 'a.png'))
     config = ROOT / 'configs/photo_digits/soft-tiny_photo-digits-crops.py'
     state_dict = {f'backbone.{k}': v for k, v in SOFT('tiny', img_size=64, out_indices=(3,)).state_dict().items()}
     state_dict |= {'head.fc.weight': torch.zeros(10, 512), 'head.fc.bias': torch.zeros(10)}
     torch.save(dict(state_dict=state_dict), tmp_path / 'tiny.pth')
 
-    def draw(*options):
-        command = [sys.executable, str(ROOT / 'tools/visualize_attention.py'), 'a.png', str(config), 'tiny.pth']
-        return subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    def draw(*options, image='a.png'):
+        command = [sys.executable, str(ROOT / 'tools/visualize_attention.py'), image, str(config), 'tiny.pth', *options]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
     done = draw('--points', '10,12', '40,50', '--stage', '2', '--head', '0', '3', '--out', 'maps/two.png')
     assert done.returncode == 0, done.stderr
     assert mmcv.imread(tmp_path / 'maps/two.png').std() > 5
+    mmcv.imwrite(mmcv.imread(tmp_path / 'a.png'), str(tmp_path / 'maps/three.png'))
     done = draw('--points', '10,12', '--head', '4', '--stage', '2')
     assert done.returncode == 2 and 'heads [4] are not there: the stage has 4' in done.stderr
     done = draw('--points', '10')
     assert done.returncode == 2 and "'10' must be x,y in pixels" in done.stderr
+    done = draw('--points', '1,1', image='maps')
+    assert done.returncode == 2 and 'maps holds 2 images; give one' in done.stderr

@@ -67,9 +67,8 @@ def faked(monkeypatch, tmp_path):
 
     def run_sweep(contenders, sizes, options, peer, console):
         asked['measured'].append((contenders[0].name, options.train))
-        row = dict(
-            status='ok', seconds=dict(median=0.5), images_per_second=8.0, multiply_adds=options.batch_size * 10**6
-        )
+        seconds = dict(median=options.batch_size / 8, low=options.batch_size / 10, high=options.batch_size / 5)
+        row = dict(status='ok', seconds=seconds, multiply_adds=options.batch_size * 10**6)
         if options.memory:
             row['bytes'] = 3 * 2**20
         if peer != contenders[0]:
@@ -149,7 +148,7 @@ def test_failed_training_ends_the_job_and_says_which(faked):
     with pytest.raises(RuntimeError, match='SOFT, seed 0 failed'):
         compare_attention('photo-digits', ['landmarks'], jobs=2)
     # Those that had begun are let finish, the others not begun.
-    assert 1 <= len(faked['trained']) < 4
+    assert 1 <= len(faked['trained']) <= 2
 
 
 def test_interrupted_comparison_leaves_the_seeds_that_are_whole(faked, tmp_path):
@@ -167,7 +166,10 @@ def test_interrupted_comparison_leaves_the_seeds_that_are_whole(faked, tmp_path)
         (dict(status='error', message='no such thing'), 'SOFT could not be measured: no such thing'),
         (dict(status='ok', multiply_adds=None), 'SOFT could not be measured'),
         # A case that is not the first, whose peer failed.
-        (dict(status='ok', multiply_adds=1, bytes=1, images_per_second=1), 'sampler mean could not be measured'),
+        (
+            dict(status='ok', multiply_adds=1, bytes=1, seconds=dict(median=1, low=1, high=1)),
+            'sampler mean could not be measured',
+        ),
     ],
 )
 def test_failed_measurement_says_why(faked, monkeypatch, row, message):
@@ -194,45 +196,49 @@ def test_what_is_unknown_is_named(faked, arguments, message):
 
 
 def test_markdown_has_a_line_a_case_and_warns_of_the_quick_form(faked):
+    assert '1 seed,' in markdown(compare_attention('photo-digits', ['sampler'], quick=True, jobs=2))
     text = markdown(compare_attention('photo-digits', ['sampler'], quick=True, seeds=(0, 1), jobs=2))
     assert 'these accuracies mean nothing' in text
     lines = [line.split(' | ') for line in text.splitlines() if line.startswith('| ')]
     assert len({len(line) for line in lines}) == 1
     assert [line[0] for line in lines] == ['| sampler', '| SOFT', '| sampler mean', '| sampler random']
-    assert lines[1][2:5] == ['1.0 M', '3 MiB', '8'] and lines[2][5] == '1.50 (1.40-1.60)'
+    assert lines[1][2:5] == ['1.0 M', '3 MiB', '8 (5-10)'] and lines[2][5] == '1.50 (1.40-1.60)'
     assert lines[1][-1] == '0.550 (0.500-0.600) |'
 
 
-def run_tool(folder, *arguments):
+def run_tool(folder, environment, *arguments):
     command = [sys.executable, str(ROOT / 'tools/compare_attention.py'), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def check_tool(folder, *arguments):
+def check_tool(folder, environment, *arguments):
     """Run the tool twice: the second time, nothing is trained or measured again."""
-    done = run_tool(folder, *arguments)
+    done = run_tool(folder, environment, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     (out,) = (folder / 'work_dirs/attention').iterdir()
     first = {name: (out / name).read_bytes() for name in FILES[:2]}
     logs = {file: file.read_bytes() for file in out.rglob('output.log')}
-    again = run_tool(folder, *arguments)
+    again = run_tool(folder, environment, *arguments)
     assert again.returncode == 0 and again.stdout.count('finished already') == len(logs) > 0
     assert all((out / name).read_bytes() == content for name, content in first.items())
     assert all(file.read_bytes() == content for file, content in logs.items())
     return json.loads(first['comparison.json'])
 
 
-def test_tool_trains_measures_and_resumes(tmp_path):
-    report = check_tool(tmp_path, 'photo-digits', '--quick', '--groups', 'Newton iterations', '--seeds', '0')
+def test_tool_trains_measures_and_resumes(tmp_path, environment):
+    # The package is found; threads are what the tool is to share out.
+    environment = {key: value for key, value in environment.items() if key != 'OMP_NUM_THREADS'}
+    report = check_tool(tmp_path, environment, 'photo-digits', '--quick', '--groups', 'sampler')
     for case in report['cases'].values():
         assert 0 <= case['top1']['mean'] <= 1 and case['training_bytes'] > 2**20 and case['parameters'] > 4e5
-    done = run_tool(tmp_path, 'photo-digits', '--groups', 'nothing')
+    done = run_tool(tmp_path, environment, 'photo-digits', '--groups', 'nothing')
     assert done.returncode == 2 and "groups=['nothing']: choose one or more" in done.stderr
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('study', STUDIES)
-def test_quick_form_of_everything(tmp_path, study):
-    report = check_tool(tmp_path, study, '--quick', '--seeds', '0')
+def test_quick_form_of_everything(tmp_path, environment, study):
+    environment = {key: value for key, value in environment.items() if key != 'OMP_NUM_THREADS'}
+    report = check_tool(tmp_path, environment, study, '--quick')
     assert set(report['cases']) == set(STUDIES[study].cases)
     assert all(len(case['runs']) == 1 for case in report['cases'].values())

@@ -72,6 +72,8 @@ def test_encoder_of_sequences_takes_a_step(train):
     assert contender.tokens((1, 80)) == 80 and parse_contender('attn-soft').tokens((52, 78)) == 13 * 20
     shorter, longer = (count_multiply_adds(build_step(contender, (1, n), 1, train, 'cpu')) for n in (40, 80))
     assert 0 < shorter < longer
+    with pytest.raises(ValueError, match="'encoder' encodes sequences: size 40x40 must be 1xN"):
+        build_step(contender, (40, 40), 1, train, 'cpu')
 
 
 @pytest.mark.parametrize('train', [False, True])

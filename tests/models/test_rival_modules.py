@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch.utils.checkpoint import checkpoint
 
 from soft_mm import SOFT
 from soft_mm.models import (
@@ -111,15 +112,17 @@ def test_softmax_attention_is_that_of_pytorch():
     assert torch.allclose(module(tokens, (5, 7)), oracle(tokens, tokens, tokens)[0], atol=1e-12)
 
 
-def test_spatial_reduction_is_that_of_mmdet():
+@pytest.mark.parametrize('ratio', [1, 2])
+def test_spatial_reduction_is_that_of_mmdet(ratio):
     pvt = pytest.importorskip('mmdet.models.backbones.pvt')
     torch.manual_seed(0)
-    module = SpatialReductionAttention(**SHAPE).eval()
+    module = SpatialReductionAttention(**dict(SHAPE, ratio=ratio)).eval()
     oracle = pvt.SpatialReductionAttention(
-        16, 2, qkv_bias=True, norm_cfg=dict(type='LN'), sr_ratio=2, batch_first=True
+        16, 2, qkv_bias=True, norm_cfg=dict(type='LN'), sr_ratio=ratio, batch_first=True
     ).eval()
-    oracle.sr.load_state_dict(module.reduction.state_dict())
-    oracle.norm.load_state_dict(module.norm.state_dict())
+    if ratio > 1:
+        oracle.sr.load_state_dict(module.reduction.state_dict())
+        oracle.norm.load_state_dict(module.norm.state_dict())
     oracle.attn.in_proj_weight.data = torch.cat([module.q.weight, module.kv.weight]).data
     oracle.attn.in_proj_bias.data = torch.cat([module.q.bias, module.kv.bias]).data
     oracle.attn.out_proj.load_state_dict(module.proj.state_dict())
@@ -142,10 +145,12 @@ def test_spatial_reduction_comes_nearer_with_its_budget():
         module.q.weight.data, module.kv.weight.data = weights[:16], weights[16:]
         module.q.bias.data, module.kv.bias.data = biases[:16], biases[16:]
         module.proj.load_state_dict(exact.proj.state_dict())
-        module.reduction.weight.data = torch.eye(16).double()[:, :, None, None].repeat(1, 1, ratio, ratio) / ratio**2
-        module.reduction.bias.data.zero_()
+        if ratio > 1:
+            mean = torch.eye(16).double()[:, :, None, None].repeat(1, 1, ratio, ratio) / ratio**2
+            module.reduction.weight.data = mean
+            module.reduction.bias.data.zero_()
         errors.append((module(tokens, (16, 16)) - exact(tokens, (16, 16))).norm().item())
-    assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[2] and errors[-1] < 1e-4 * errors[0]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[2] and errors[-1] < 1e-10 * errors[0]
 
 
 def test_attention_learns_on_the_grid_of_its_stage():
@@ -180,6 +185,35 @@ def test_performer_draws_anew_when_asked():
     assert torch.equal(module.features, drawn) and torch.equal(still.features, before)
 
 
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_checkpointing_neither_counts_nor_changes_the_features(reentrant):
+    torch.manual_seed(0)
+    module = PerformerAttention(**SHAPE, redraw_interval=1)
+    tokens = torch.randn(1, 12, 16, requires_grad=True)
+    module(tokens, (3, 4))
+    expected, drawn = [], []
+    for run in (module, lambda *inputs: checkpoint(module, *inputs, use_reentrant=reentrant)):
+        # Both draw anew, and the same.
+        torch.manual_seed(1)
+        run(tokens, (3, 4)).square().sum().backward()
+        expected.append((tokens.grad.clone(), module.features.clone()))
+        drawn.append(module.forwards)
+        tokens.grad = None
+    torch.testing.assert_close(*expected)
+    assert drawn == [1, 1]
+
+
+@pytest.mark.parametrize('index', range(len(RIVALS) + len(SAMPLERS)))
+def test_autocast_is_near_what_it_stands_for(index):
+    torch.manual_seed(0)
+    module = list(modules())[index].eval()
+    tokens = torch.randn(2, 35, 16)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = module(tokens, (5, 7))
+    exact = module.double()(tokens.double(), (5, 7))
+    assert out.dtype == torch.bfloat16 and (out - exact).norm() < 0.02 * exact.norm()
+
+
 def test_full_kernel_has_a_guard():
     module = GaussianKernelAttention(**SHAPE, max_tokens=30)
     with pytest.raises(ValueError, match='35 tokens are more than max_tokens=30'):
@@ -195,6 +229,8 @@ def test_full_kernel_has_a_guard():
         (SoftmaxFreeAttention, dict(sampler='median'), "sampler='median' is unknown"),
         (PerformerAttention, dict(num_features=1.5), 'num_features=1.5'),
         (PerformerAttention, dict(redraw_interval=0), 'redraw_interval=0'),
+        (PerformerAttention, dict(seed=-1), 'seed=-1 must be a whole number from 0 up'),
+        (SoftmaxFreeAttention, dict(sampler='random', seed='one'), "seed='one' must be a whole number from 0 up"),
         (NystromAttention, dict(num_landmarks=True), 'num_landmarks=True'),
         (GaussianKernelAttention, dict(max_tokens=-1), 'max_tokens=-1'),
     ],
@@ -233,3 +269,23 @@ def test_mean_landmarks_of_patches_of_one_give_the_full_kernel(normalized):
         root = kernel.sum(-1, keepdim=True).sqrt()
         expected = kernel @ (torch.linalg.inv(kernel) / root / root.mT) @ kernel @ v
     assert torch.allclose(module.attend(q, v, (4, 5)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('sampler', ['mean', 'random'])
+def test_approximation_falls_with_the_budget_of_a_sampler(sampler):
+    """To nothing, where every token is a landmark (SOFT, section 3.2); neighbours are alike, as in images."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 16, 4, 4, generator=generator, dtype=torch.float64)
+    smooth = torch.nn.functional.interpolate(coarse, size=(12, 12), mode='bicubic')
+    q = smooth.reshape(1, 2, 8, 144).transpose(-2, -1)
+    kernel = torch.exp(-torch.cdist(q, q).square() / 2 / 8**0.5)
+    eye = torch.eye(144, dtype=torch.float64).expand(1, 2, -1, -1)
+    errors = []
+    for budget in (1, 4, 16, 36, 144):
+        error = 0
+        for seed in range(5):
+            options = dict(sampler=sampler, seed=seed, solver='svd', max_landmarks=budget)
+            found = SoftmaxFreeAttention(16, 2, 1, 3, **options).eval().attend(q, eye, (12, 12))
+            error += (found - kernel).norm().item()
+        errors.append(error)
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-5 * errors[0], errors
