@@ -5,7 +5,7 @@ _base_ = '../../listops/soft_listops.py'
 lengths = (8, 64)  # more and fewer tokens than these
 length = 64
 batch_size = 32
-max_iters = 400
+max_iters = 3000
 
 model = dict(
     data_preprocessor=dict(length=length),
