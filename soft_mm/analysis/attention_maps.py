@@ -12,28 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from soft_mm.inference import check_weights, load_whole_model
-from soft_mm.models import (
-    SOFT,
-    GaussianKernelAttention,
-    LinformerAttention,
-    NystromAttention,
-    PerformerAttention,
-    SoftmaxAttention,
-    SoftmaxFreeAttention,
-    SpatialReductionAttention,
-)
+from soft_mm.models import SOFT, GaussianKernelAttention, SoftmaxFreeAttention, SpatialReductionAttention
 from soft_mm.models.attention import as_map, split_heads
 from soft_mm.ops import gaussian_kernel
-
-_DRAWN = (
-    SoftmaxFreeAttention,
-    SoftmaxAttention,
-    LinformerAttention,
-    PerformerAttention,
-    NystromAttention,
-    SpatialReductionAttention,
-    GaussianKernelAttention,
-)
 
 
 def attention_rows(module, x, grid, points):
@@ -55,7 +36,7 @@ def attention_rows(module, x, grid, points):
     Raises:
         ValueError: for another attention.
     """
-    if not isinstance(module, _DRAWN):
+    if not (hasattr(module, 'attend') and hasattr(module, 'grid_dims')):
         raise ValueError(f'{type(module).__name__} has no rows to draw: give an attention of soft_mm.models')
     grid, columns = as_map(grid, module.grid_dims, x.shape[1]), None
     with torch.no_grad():
@@ -111,18 +92,20 @@ def load_model(config, checkpoint):
         ValueError: if the config has no SOFT backbone, or if the checkpoint is of another model or cannot be read.
     """
     cfg = Config.fromfile(config)
-    backbone = cfg.get('model', {}).get('backbone', {})
-    if 'type' not in backbone or MODELS.get(backbone.type) is not SOFT:
+    if 'model' in cfg and 'backbone' in cfg.model:
+        scope = cfg.get('default_scope', 'mmengine')
+        if scope != 'mmengine':
+            importlib.import_module(f'{scope}.models')
+        cfg.model.backbone.init_cfg = None
+        if 'data_preprocessor' in cfg:
+            # As mmengine's runner does.
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        with DefaultScope.overwrite_default_scope(scope):
+            model = MODELS.build(cfg.model)
+    else:
+        model = None
+    if not isinstance(getattr(model, 'backbone', None), SOFT):
         raise ValueError(f'{config} has no SOFT as `model.backbone`; give the config of a model with one')
-    scope = cfg.get('default_scope', 'mmengine')
-    if scope != 'mmengine':
-        importlib.import_module(f'{scope}.models')
-    backbone.init_cfg = None
-    if 'data_preprocessor' in cfg:
-        # As mmengine's runner does.
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with DefaultScope.overwrite_default_scope(scope):
-        model = MODELS.build(cfg.model)
     weights = check_weights(model, load_whole_model(checkpoint), checkpoint)
     model.load_state_dict(weights, strict=False)
     return model.eval()

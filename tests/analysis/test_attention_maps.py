@@ -76,6 +76,8 @@ def test_other_attentions_and_models_are_named(tmp_path):
         attention_rows(torch.nn.Linear(16, 16), torch.zeros(1, 4, 16), (2, 2), [0])
     with pytest.raises(ValueError, match='soft_listops.py has no SOFT as `model.backbone`'):
         load_model(ROOT / 'configs/listops/soft_listops.py', tmp_path / 'none.pth')
+    with pytest.raises(ValueError, match='default_runtime_mmseg.py has no SOFT as `model.backbone`'):
+        load_model(ROOT / 'configs/_base_/default_runtime_mmseg.py', tmp_path / 'none.pth')
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def faked(monkeypatch, tmp_path):
 
     def train_task(run, folder, manifest, console, options, threads):
         if run.name == asked['fail']:
+            threading.Timer(1.0, asked['hold'].set).start()
             raise RuntimeError(f'{run.name} failed')
         if asked['fail']:
             asked['hold'].wait(20)
@@ -144,7 +145,6 @@ def test_parameters_are_those_of_what_is_trained(faked):
 
 def test_failed_training_ends_the_job_and_says_which(faked):
     faked['fail'] = 'SOFT, seed 0'
-    threading.Timer(1.0, faked['hold'].set).start()
     with pytest.raises(RuntimeError, match='SOFT, seed 0 failed'):
         compare_attention('photo-digits', ['landmarks'], jobs=2)
     # Those that had begun are let finish, the others not begun.

@@ -38,8 +38,8 @@ def relative_error(found, wanted):
 @pytest.mark.parametrize(
     'attention',
     [
-        # The authors' form, and that of the dense configs.
-        pytest.param(value, marks=[] if name in ('default', 'bounded-normalized') else pytest.mark.long, id=name)
+        # That of the dense configs; the others take long.
+        pytest.param(value, marks=[] if name == 'bounded-normalized' else pytest.mark.long, id=name)
         for name, value in ATTENTIONS.items()
     ],
 )

@@ -188,30 +188,17 @@ def test_performer_draws_anew_when_asked():
 @pytest.mark.parametrize('reentrant', [False, True])
 def test_checkpointing_neither_counts_nor_changes_the_features(reentrant):
     torch.manual_seed(0)
-    module = PerformerAttention(**SHAPE, redraw_interval=1)
+    module = PerformerAttention(**SHAPE, redraw_interval=2)
     tokens = torch.randn(1, 12, 16, requires_grad=True)
-    module(tokens, (3, 4))
-    expected, drawn = [], []
+    results = []
     for run in (module, lambda *inputs: checkpoint(module, *inputs, use_reentrant=reentrant)):
-        # Both draw anew, and the same.
-        torch.manual_seed(1)
+        # The next forward draws anew, if it is one.
+        module.forwards = 1
         run(tokens, (3, 4)).square().sum().backward()
-        expected.append((tokens.grad.clone(), module.features.clone()))
-        drawn.append(module.forwards)
+        results.append((tokens.grad.clone(), module.features.clone()))
         tokens.grad = None
-    torch.testing.assert_close(*expected)
-    assert drawn == [1, 1]
-
-
-@pytest.mark.parametrize('index', range(len(RIVALS) + len(SAMPLERS)))
-def test_autocast_is_near_what_it_stands_for(index):
-    torch.manual_seed(0)
-    module = list(modules())[index].eval()
-    tokens = torch.randn(2, 35, 16)
-    with torch.autocast('cpu', torch.bfloat16):
-        out = module(tokens, (5, 7))
-    exact = module.double()(tokens.double(), (5, 7))
-    assert out.dtype == torch.bfloat16 and (out - exact).norm() < 0.02 * exact.norm()
+        assert module.forwards == 2
+    torch.testing.assert_close(*results)
 
 
 def test_full_kernel_has_a_guard():

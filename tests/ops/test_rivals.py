@@ -179,6 +179,23 @@ def test_gaussian_is_its_formula():
     assert ops.gaussian_attention(q.half(), v.half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize('name', ['performer', 'nystrom', 'gaussian'])
+def test_autocast_does_not_reach_inside(name):
+    """Of half precision as well: products of a kernel or of an inverse are taken in float32."""
+    q, k, v = qkv(35, dtype=torch.bfloat16)
+    features = ops.orthogonal_features(6, 8, torch.Generator().manual_seed(0))
+    landmarks = [ops.mean_landmarks(tokens, (5, 7), (2, 3)) for tokens in (q, k)]
+    run = dict(
+        performer=lambda: ops.performer_attention(q, k, v, features),
+        nystrom=lambda: ops.nystrom_attention(q, k, v, *landmarks),
+        gaussian=lambda: ops.gaussian_attention(q, v),
+    )[name]
+    plain = run()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(run(), plain)
+    assert plain.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize('name', ['linformer', 'performer', 'nystrom', 'gaussian'])
 def test_gradients(name):
     tokens = [tensor.requires_grad_() for tensor in qkv(10, d=4, heads=1, batch=1)]
