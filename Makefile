@@ -23,8 +23,8 @@ demo: env ## run the demo
 demo-scratch: env ## run the demo, training from scratch
 	.venv/bin/python tools/demo.py --from-scratch
 
-experiments: env ## compare attentions by training each with three seeds, on images and on sequences (two hours)
-	.venv/bin/python tools/compare_attention.py photo-digits
+experiments: env ## compare attentions by training each with several seeds, on images and on sequences (hours)
+	.venv/bin/python tools/compare_attention.py photo-digits --seeds 0 1 2 3 4
 	.venv/bin/python tools/compare_attention.py listops
 	.venv/bin/python tools/benchmark_tokens.py attn-soft attn-soft-norm attn-softmax-fused attn-softmax-plain attn-linformer \
 		attn-performer attn-nystrom attn-spatial-reduction attn-gaussian --sizes 128 256 512 1024 --repeats 5 --seconds 10 \
