@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -70,7 +71,13 @@ def missing_files():
 
 @contextlib.contextmanager
 def resumable_job():
-    """End the program with one sentence where its job fails or is interrupted, and not with a traceback."""
+    """End the program with one sentence, not a traceback, where its job fails or is interrupted, by SIGTERM too."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    # Or the training that it waits for would outlive it, and write beside that of the next start.
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except (RuntimeError, ImportError, OSError) as error:

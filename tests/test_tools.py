@@ -243,3 +243,21 @@ def test_two_processes_train_and_evaluate(workspace, tmp_path):  # noqa: F811
     assert together == json.loads((workspace / 'one.json').read_text())
     done = launch('dist_train.sh', CLASSIFIER)
     assert done.returncode == 2 and 'usage: ' in done.stderr
+
+
+LONG_JOB = """
+import subprocess, sys
+from soft_mm.cli import resumable_job
+with resumable_job():
+    subprocess.run([sys.executable, '-c', 'import time; print("started", flush=True); time.sleep(120)'], check=True)
+"""
+
+
+def test_job_that_is_ended_ends_its_training(environment):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = subprocess.Popen([sys.executable, '-c', LONG_JOB], text=True, env=environment, **pipes)
+    assert job.stdout.readline() == 'started\n'
+    job.terminate()
+    # The training holds the pipe until it ends.
+    error = job.communicate(timeout=60)[1]
+    assert job.returncode == 1 and error == 'interrupted; the same command goes on from the newest checkpoint\n'
