@@ -64,9 +64,10 @@ def missing_files():
     try:
         yield
     except FileNotFoundError as error:
-        # Weights are named with what to do about them.
-        hint = '' if 'init_cfg' in str(error) else '; if it is of a data set, set the data_root of the config'
-        sys.exit(f'{error}{hint}')
+        # Weights, and data that a tool makes, are named with what to do about them.
+        known = 'init_cfg' in str(error) or 'tools/make_' in str(error)
+        hint = '; if it is of a data set, set the data_root of train_dataloader.dataset, and of val and test'
+        sys.exit(f'{error}{"" if known else hint}')
 
 
 @contextlib.contextmanager
@@ -83,4 +84,4 @@ def resumable_job():
     except (RuntimeError, ImportError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit('interrupted; the same command goes on from the newest checkpoint')
+        sys.exit('interrupted; the same command goes on from the newest checkpoint, if one was written')

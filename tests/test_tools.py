@@ -139,7 +139,7 @@ def test_missing_data_is_named(tmp_path):
     done = tool('train.py', ADE20K, '--cfg-options', 'model.backbone.init_cfg=None', cwd=tmp_path)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     said = done.stderr.splitlines()[-1]
-    assert 'ADEChallengeData2016/images/training' in said and 'set the data_root of the config' in said
+    assert 'ADEChallengeData2016/images/training' in said and 'set the data_root of train_dataloader.dataset' in said
 
 
 def test_missing_weights_are_named_with_the_command_that_makes_them(workspace):  # noqa: F811
@@ -260,4 +260,7 @@ def test_job_that_is_ended_ends_its_training(environment):
     job.terminate()
     # The training holds the pipe until it ends.
     error = job.communicate(timeout=60)[1]
-    assert job.returncode == 1 and error == 'interrupted; the same command goes on from the newest checkpoint\n'
+    assert (
+        job.returncode == 1
+        and error == 'interrupted; the same command goes on from the newest checkpoint, if one was written\n'
+    )

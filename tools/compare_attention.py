@@ -11,7 +11,8 @@ from soft_mm.cli import resumable_job
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    titles = '; '.join(f'of {name}: {", ".join(study.groups)}' for name, study in STUDIES.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f'groups {titles}')
     parser.add_argument('study', choices=STUDIES, help='data set and small model')
     parser.add_argument('--groups', nargs='+', metavar='TITLE', help='tables to fill (all)')
     parser.add_argument(

@@ -54,6 +54,8 @@ def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, wo
         ValueError: for an unknown study or group, for none, for no seed or one given twice, or for no job.
     """
     study, groups = _select(study, groups)
+    if quick:
+        study = replace(study, batch_size=1)
     seeds = (QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f'seeds={list(seeds)}: give at least one, and each once')

@@ -148,7 +148,9 @@ def config_complexity(config, shape, backbone_only=False):
     # An encoder of sequences takes ids of tokens.
     ids = 'vocab_size' in backbone
     if ids and shape[0] != 1:
-        raise ValueError(f'{config} encodes sequences: shape={tuple(shape)} must be 1 and the number of tokens')
+        raise ValueError(
+            f'{config} encodes sequences: shape={tuple(shape)} must be 1 and the number of tokens (--shape 1 N)'
+        )
     scope = cfg.get('default_scope', 'mmengine')
     if scope != 'mmengine':
         importlib.import_module(f'{scope}.models')

@@ -96,7 +96,9 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None, thr
             checkpoint = str(last_checkpoint(work_dir))
             _run_tool('test.py', *common, checkpoint, '--json', str(metrics_file), *overrides, log=log, threads=threads)
     except subprocess.CalledProcessError as error:
-        raise RuntimeError(f'{task.name} failed with exit code {error.returncode}; its log is in {work_dir}') from error
+        code = error.returncode
+        how = f'failed with exit code {code}' if code > 0 else f'was ended by signal {-code}'
+        raise RuntimeError(f'{task.name} {how}; its log is in {work_dir}') from error
     finally:
         record['seconds'] = round(record['seconds'] + time.time() - start, 1)
         write_json(record_file, record)

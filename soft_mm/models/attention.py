@@ -248,9 +248,17 @@ def _takes_shape(kind):
     return inspect.isclass(kind) and set(_SHAPE) <= set(inspect.signature(kind).parameters)
 
 
+def _needs_no_more(kind):
+    try:
+        inspect.signature(kind).bind(**dict.fromkeys(_SHAPE))
+    except TypeError:
+        return False
+    return True
+
+
 def _registered_attentions():
     registered = {**(MODELS.parent.module_dict if MODELS.parent else {}), **MODELS.module_dict}
-    return sorted(name for name, kind in registered.items() if _takes_shape(kind))
+    return sorted(name for name, kind in registered.items() if _takes_shape(kind) and _needs_no_more(kind))
 
 
 def build_attention(cfg, embed_dims, num_heads, ratio, conv_size, grid=None):
@@ -280,7 +288,10 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size, grid=None):
     own = [name for name in inspect.signature(cls).parameters if name not in _SHAPE]
     unknown = sorted(set(options) - set(own))
     if unknown:
-        raise TypeError(f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *own]}')
+        raise TypeError(
+            f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *own]} (a config that '
+            'inherits those of another type leaves them out by `_delete_=True`)'
+        )
     if 'grid' in own and grid is not None:
         options.setdefault('grid', grid)
     return cls(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size, **options)

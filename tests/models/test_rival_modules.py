@@ -96,6 +96,15 @@ def test_in_the_backbone_and_in_the_registry(kind):
     assert type(alone) is kind
 
 
+def test_choices_are_attentions_alone():
+    with pytest.raises(ValueError, match="'NistromAttention' is unknown; choose one of .*'NystromAttention'") as caught:
+        SOFT(REDUCED, attention=dict(type='NistromAttention'))
+    assert 'SequenceEncoder' not in str(caught.value)
+    inherited = dict(type='NystromAttention', solver='newton')
+    with pytest.raises(TypeError, match=r"keys \['solver'\] are unknown to NystromAttention.*_delete_=True"):
+        SOFT(REDUCED, attention=inherited)
+
+
 def test_one_attention_per_stage():
     kinds = ['NystromAttention', 'SpatialReductionAttention', 'SoftmaxFreeAttention']
     backbone = SOFT(REDUCED, attention=[dict(type=kind) for kind in kinds])
