@@ -123,8 +123,10 @@ class SoftmaxFreeAttention(BaseModule):
             raise ValueError(f'sampler={sampler!r} is unknown; choose one of {SAMPLERS}')
         if not isinstance(normalized, bool):
             raise ValueError(f'normalized={normalized!r} must be True or False')
-        if max_landmarks is not None:
-            check_count('max_landmarks', max_landmarks)
+        if max_landmarks is not None and (
+            not isinstance(max_landmarks, int) or isinstance(max_landmarks, bool) or max_landmarks < 1
+        ):
+            raise ValueError(f'max_landmarks={max_landmarks!r} must be None (no bound) or a whole number from 1 up')
         check_count('seed', seed, least=0)
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
