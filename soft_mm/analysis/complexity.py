@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +131,8 @@ def config_complexity(config, shape, backbone_only=False):
 
     Args:
         config (str | Path): config file of mmpretrain, mmdet or mmsegmentation.
-        shape (tuple[int, int]): height and width of the one image, in pixels; of a sequence 1 and its tokens.
+        shape (tuple[int, ...]): height and width of the one image, in pixels; of a sequence ``(n,)`` or
+            ``(1, n)``.
         backbone_only (bool): the backbone alone. Defaults to False.
 
     Returns:
@@ -138,8 +140,8 @@ def config_complexity(config, shape, backbone_only=False):
 
     Raises:
         FileNotFoundError: if there is no such config.
-        ValueError: if the config has no model, or no backbone where that alone is asked for; for a sequence whose shape
-            does not begin with 1.
+        ValueError: if the config has no model, or no backbone where that alone is asked for; for a shape that
+            is none of a sequence.
     """
     cfg = Config.fromfile(config)
     if 'model' not in cfg or (backbone_only and 'backbone' not in cfg.model):
@@ -147,7 +149,7 @@ def config_complexity(config, shape, backbone_only=False):
     backbone = cfg.model.get('backbone', {})
     # An encoder of sequences takes ids of tokens.
     ids = 'vocab_size' in backbone
-    if ids and shape[0] != 1:
+    if ids and math.prod(shape[:-1]) != 1:
         raise ValueError(
             f'{config} encodes sequences: shape={tuple(shape)} must be 1 and the number of tokens (--shape 1 N)'
         )
