@@ -1,14 +1,30 @@
 """Pictures of what a trained model says of images, drawn by the toolbox that the model is of."""
 
+import contextlib
+import importlib
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope, init_default_scope
 
 from soft_mm.checkpoints import load_weights
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+
+
+@contextlib.contextmanager
+def toolbox_scope(cfg):
+    """Within it models are built by the registries of the toolbox that a config is for; yields their scope.
+
+    Args:
+        cfg (Config): the config.
+    """
+    scope = cfg.get('default_scope', 'mmengine')
+    if scope != 'mmengine':
+        importlib.import_module(f'{scope}.models')
+    with DefaultScope.overwrite_default_scope(scope):
+        yield scope
 
 
 def find_images(path):

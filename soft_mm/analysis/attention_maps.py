@@ -1,6 +1,5 @@
 """Where a query pixel looks: rows of the attention matrix, drawn over the image."""
 
-import importlib
 from pathlib import Path
 
 import matplotlib
@@ -9,9 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
 
-from soft_mm.inference import check_weights, load_whole_model
+from soft_mm.inference import check_weights, load_whole_model, toolbox_scope
 from soft_mm.models import SOFT, GaussianKernelAttention, SoftmaxFreeAttention, SpatialReductionAttention
 from soft_mm.models.attention import as_map, split_heads
 from soft_mm.ops import gaussian_kernel
@@ -92,18 +91,14 @@ def load_model(config, checkpoint):
         ValueError: if the config has no SOFT backbone, or if the checkpoint is of another model or cannot be read.
     """
     cfg = Config.fromfile(config)
+    model = None
     if 'model' in cfg and 'backbone' in cfg.model:
-        scope = cfg.get('default_scope', 'mmengine')
-        if scope != 'mmengine':
-            importlib.import_module(f'{scope}.models')
         cfg.model.backbone.init_cfg = None
         if 'data_preprocessor' in cfg:
             # As mmengine's runner does.
             cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        with DefaultScope.overwrite_default_scope(scope):
+        with toolbox_scope(cfg):
             model = MODELS.build(cfg.model)
-    else:
-        model = None
     if not isinstance(getattr(model, 'backbone', None), SOFT):
         raise ValueError(f'{config} has no SOFT as `model.backbone`; give the config of a model with one')
     weights = check_weights(model, load_whole_model(checkpoint), checkpoint)

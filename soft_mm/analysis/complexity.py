@@ -1,16 +1,17 @@
 """Parameters and multiply-adds, those of attention products and of the direct solve included."""
 
 import functools
-import importlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from soft_mm.inference import toolbox_scope
 
 _aten = torch.ops.aten
 
@@ -123,6 +124,28 @@ def _count_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def encodes_sequences(backbone):
+    """Whether the config of a backbone is that of an encoder of sequences, which takes ids of tokens."""
+    return 'vocab_size' in backbone
+
+
+def random_input(backbone, size, batch_size=1, device=None):
+    """What a backbone takes: images ``(B, C, H, W)``, or for an encoder of sequences ids ``(B, n)``.
+
+    Args:
+        backbone (dict): its config.
+        size (tuple[int, ...]): height and width, or the tokens, with or without a 1 before them.
+        batch_size (int): images or sequences. Defaults to 1.
+        device (torch.device | str | None): where. Defaults to None, the CPU.
+
+    Returns:
+        Tensor: the input.
+    """
+    if encodes_sequences(backbone):
+        return torch.randint(1, backbone['vocab_size'], (batch_size, size[-1]), device=device)
+    return torch.rand(batch_size, backbone.get('in_channels', 3), *size, device=device)
+
+
 def config_complexity(config, shape, backbone_only=False):
     """Count the model of a config at an input size.
 
@@ -147,21 +170,16 @@ def config_complexity(config, shape, backbone_only=False):
     if 'model' not in cfg or (backbone_only and 'backbone' not in cfg.model):
         raise ValueError(f'{config} has no `model`{".backbone" * backbone_only}; give the config of a whole model')
     backbone = cfg.model.get('backbone', {})
-    # An encoder of sequences takes ids of tokens.
-    ids = 'vocab_size' in backbone
-    if ids and math.prod(shape[:-1]) != 1:
+    if encodes_sequences(backbone) and math.prod(shape[:-1]) != 1:
         raise ValueError(
             f'{config} encodes sequences: shape={tuple(shape)} must be 1 and the number of tokens (--shape 1 N)'
         )
-    scope = cfg.get('default_scope', 'mmengine')
-    if scope != 'mmengine':
-        importlib.import_module(f'{scope}.models')
     # Seeded, for the proposals of a detector depend on the weights.
-    with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng([]):
+    with toolbox_scope(cfg) as scope, torch.random.fork_rng([]):
         torch.manual_seed(0)
         # The counter asks parameters that are handed to a module for their gradient's function, and there is none.
         model = MODELS.build(cfg.model.backbone if backbone_only else cfg.model).eval().requires_grad_(False)
-        image = torch.ones(1, shape[-1], dtype=int) if ids else torch.rand(1, backbone.get('in_channels', 3), *shape)
+        image = random_input(backbone, shape)
         if scope == 'mmdet' and not backbone_only:
             from mmdet.structures import DetDataSample
 

@@ -15,6 +15,7 @@ from soft_mm.models import GaussianKernelAttention, SoftmaxFreeAttention, Spatia
 from soft_mm.models.attention import build_attention
 from soft_mm.ops import reference
 
+from .complexity import encodes_sequences, random_input
 from .variants import VARIANTS, apply_variant
 
 # An operator alone is that of stage 1.
@@ -77,7 +78,7 @@ class Contender:
     @property
     def is_sequence(self):
         """Whether it encodes sequences, whose size is 1 and the tokens."""
-        return 'vocab_size' in self.config
+        return encodes_sequences(self.config)
 
     def tokens(self, size):
         """Tokens of stage 1 at an input of a size, those of a sequence."""
@@ -261,8 +262,4 @@ def _build_backbone(contender, size, batch_size, device, heads, head_dims, train
     model = MODELS.build(config).to(device)
     # That of some backbones returns nothing.
     model.train(train)
-    if contender.is_sequence:
-        inputs = torch.randint(1, config['vocab_size'], (batch_size, size[1]), device=device)
-    else:
-        inputs = torch.rand(batch_size, config.get('in_channels', 3), *size, device=device)
-    return model, (inputs,), tuple(model.parameters())
+    return model, (random_input(config, size, batch_size, device),), tuple(model.parameters())

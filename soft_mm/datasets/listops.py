@@ -11,6 +11,7 @@ import numpy as np
 from mmengine.dataset import BaseDataset
 
 from soft_mm.files import read_manifest, write_json
+from soft_mm.ops.attention import check_count
 from soft_mm.registry import DATASETS
 
 DIGITS = tuple('0123456789')
@@ -204,8 +205,7 @@ def write_listops(folder, num_train, num_val, num_test, min_length, max_length, 
 def _check_options(options):
     least = dict(num_train=1, num_val=1, num_test=1, min_length=0, max_length=2, max_depth=1, max_args=MIN_ARGS, seed=0)
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
-            raise ValueError(f'{name}={value!r} must be a whole number from {least[name]} up')
+        check_count(name, value, least[name])
     longest = 1
     for _ in range(options['max_depth'] - 1):
         longest = min(2 + options['max_args'] * longest, options['max_length'])

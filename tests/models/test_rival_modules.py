@@ -140,13 +140,17 @@ def test_spatial_reduction_is_that_of_mmdet(ratio):
     assert torch.allclose(module(tokens, (5, 7)), expected, atol=1e-5)
 
 
+def smooth_map(side):
+    """16 channels whose neighbours are alike, as in images."""
+    coarse = torch.randn(1, 16, 4, 4, dtype=torch.float64)
+    return torch.nn.functional.interpolate(coarse, size=(side, side), mode='bicubic')
+
+
 def test_spatial_reduction_comes_nearer_with_its_budget():
     """With means in place of what its convolution learns, of neighbours that are alike."""
     torch.manual_seed(0)
     exact = SoftmaxAttention(**SHAPE).double()
-    coarse = torch.randn(1, 16, 4, 4, dtype=torch.float64)
-    smooth = torch.nn.functional.interpolate(coarse, size=(16, 16), mode='bicubic').flatten(2).transpose(1, 2)
-    tokens = torch.nn.functional.layer_norm(smooth, (16,))
+    tokens = torch.nn.functional.layer_norm(smooth_map(16).flatten(2).transpose(1, 2), (16,))
     errors = []
     for ratio in (8, 4, 2, 1):
         module = SpatialReductionAttention(**dict(SHAPE, ratio=ratio)).double()
@@ -270,10 +274,8 @@ def test_mean_landmarks_of_patches_of_one_give_the_full_kernel(normalized):
 @pytest.mark.parametrize('sampler', ['mean', 'random'])
 def test_approximation_falls_with_the_budget_of_a_sampler(sampler):
     """To nothing, where every token is a landmark (SOFT, section 3.2); neighbours are alike, as in images."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(1, 16, 4, 4, generator=generator, dtype=torch.float64)
-    smooth = torch.nn.functional.interpolate(coarse, size=(12, 12), mode='bicubic')
-    q = smooth.reshape(1, 2, 8, 144).transpose(-2, -1)
+    torch.manual_seed(0)
+    q = smooth_map(12).reshape(1, 2, 8, 144).transpose(-2, -1)
     kernel = torch.exp(-torch.cdist(q, q).square() / 2 / 8**0.5)
     eye = torch.eye(144, dtype=torch.float64).expand(1, 2, -1, -1)
     errors = []
