@@ -1,4 +1,4 @@
-"""SOFT, the softmax-free transformer, for the OpenMMLab toolboxes. Importing it needs torch and mmengine only."""
+"""SOFT, the softmax-free transformer, for the OpenMMLab toolboxes. The import needs torch and mmengine only."""
 
 from .configs import config_names, config_path
 from .version import __version__
@@ -9,8 +9,8 @@ except ModuleNotFoundError as error:
     if error.name != 'mmengine':
         raise
     raise ModuleNotFoundError(
-        "soft_mm needs mmengine: install it with the toolboxes by `pip install 'soft_mm[maintained]'` (onedl-*) or "
-        "`pip install 'soft_mm[original]'` (OpenMMLab's own), or alone by `pip install onedl-mmengine` or "
+        "soft_mm needs mmengine. To install it with the toolboxes: `pip install 'soft_mm[maintained]'` (onedl-*) or "
+        "`pip install 'soft_mm[original]'` (OpenMMLab's own). To install it alone: `pip install onedl-mmengine` or "
         '`pip install mmengine`',
         name='mmengine',
     ) from error
@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 try:
     from .models import SOFT, SoftmaxFreeAttention
 except (ImportError, AttributeError) as error:
-    # mmengine's registry swallows these two while it imports a plugin, and then says that SOFT is not in the registry.
+    # mmengine's registry hides these two errors when it imports a plugin, and then reports that SOFT is not registered.
     raise RuntimeError(f'soft_mm could not be imported: {type(error).__name__}: {error}') from error
 
 __all__ = ['SOFT', 'SoftmaxFreeAttention', '__version__', 'config_names', 'config_path']

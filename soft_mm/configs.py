@@ -1,4 +1,4 @@
-"""The configs that came with the package: their names and their files."""
+"""Names and files of the configs that the package carries."""
 
 import difflib
 from pathlib import Path
@@ -7,21 +7,21 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _folder():
-    # In an installed package, where openmim looks; beside the package in a checkout that is not installed.
+    # An installed package has them where openmim looks, a checkout has them beside the package.
     for folder in (_PACKAGE / '.mim' / 'configs', _PACKAGE.parent / 'configs'):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f'there are no configs in {_PACKAGE / ".mim"}: install soft_mm again')
+    raise FileNotFoundError(f'no configs in {_PACKAGE / ".mim"}: install soft_mm again')
 
 
 def config_names():
-    """Names of all configs, such as ``'coco/retinanet_soft-tiny-norm_fpn_1x_coco.py'``.
+    """List the names of all configs, such as ``'coco/retinanet_soft-tiny-norm_fpn_1x_coco.py'``.
 
     Returns:
-        list[str]: file names from the configs' folder on, without those that are parts of others.
+        list[str]: Paths below the folder of the configs, excluding ``_base_/``.
 
     Raises:
-        FileNotFoundError: if the package was installed without them.
+        FileNotFoundError: If the package was installed without configs.
     """
     folder = _folder()
     names = (path.relative_to(folder).as_posix() for path in folder.glob('*/*.py'))
@@ -29,16 +29,16 @@ def config_names():
 
 
 def config_path(name):
-    """File of a config, for ``_base_`` of a config elsewhere or for a command line.
+    """Return the file of a config, for ``_base_`` of another config or for a command line.
 
     Args:
-        name (str): one of :func:`config_names`, or a file name under ``_base_/``.
+        name (str): One of :func:`config_names`, or a file under ``_base_/``.
 
     Returns:
-        str: its path.
+        str: Path of the file.
 
     Raises:
-        FileNotFoundError: if there is no such config; the nearest names are given.
+        FileNotFoundError: If the config does not exist. The message has the closest names.
 
     Example:
         >>> import soft_mm
@@ -48,5 +48,7 @@ def config_path(name):
     if not path.is_file():
         known = config_names()
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
-        raise FileNotFoundError(f'soft_mm has no config {name!r}; near it are {near}, soft_mm.config_names() has all')
+        raise FileNotFoundError(
+            f'soft_mm has no config {name!r}; the closest are {near}, soft_mm.config_names() lists all'
+        )
     return str(path)

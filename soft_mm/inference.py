@@ -1,44 +1,32 @@
-"""Pictures of what a trained model says of images, drawn by the toolbox that the model is of."""
+"""Predictions of a trained model, drawn by the inferencer of its toolbox."""
 
-import contextlib
-import importlib
 from pathlib import Path
 
-from mmengine.config import Config
+import torch.nn as nn
 from mmengine.model import is_model_wrapper
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import init_default_scope
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from soft_mm.checkpoints import load_weights
+from soft_mm.checkpoints.matching import check_whole_model
+from soft_mm.checkpoints.reading import load_weights, local_file
+from soft_mm.models.soft import PatchEmbed
+from soft_mm.utils import build_model, read_config
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
-@contextlib.contextmanager
-def toolbox_scope(cfg):
-    """Within it models are built by the registries of the toolbox that a config is for; yields their scope.
-
-    Args:
-        cfg (Config): the config.
-    """
-    scope = cfg.get('default_scope', 'mmengine')
-    if scope != 'mmengine':
-        importlib.import_module(f'{scope}.models')
-    with DefaultScope.overwrite_default_scope(scope):
-        yield scope
-
-
 def find_images(path):
-    """The image file, or the image files of the folder in the order of their names.
+    """Return an image file, or the image files of a folder in the order of their names.
 
     Args:
-        path (str | Path): image file or folder.
+        path (str | Path): Image file or folder.
 
     Returns:
-        list[str]: image files.
+        list[str]: Image files.
 
     Raises:
-        FileNotFoundError: if there is no such file or folder.
-        ValueError: if a file is no image that can be read, or the folder holds none.
+        FileNotFoundError: If the file or folder does not exist.
+        ValueError: If a file cannot be read as an image, or the folder holds none.
     """
     from PIL import Image
 
@@ -56,79 +44,126 @@ def find_images(path):
             with Image.open(file) as image:
                 image.verify()
         except Exception as error:
-            # Each format has its own exceptions for a file that is cut off.
+            # Each format raises its own exceptions for a truncated file.
             raise ValueError(f'{file} cannot be read as an image: {error}') from None
     return [str(file) for file in files]
 
 
 def check_weights(model, checkpoint, path):
-    """Refuse a checkpoint that would leave parts of a model as they were initialised, which the toolboxes let pass.
+    """Check that a checkpoint has every weight of a model. The toolboxes do not check this.
 
     Args:
-        model (nn.Module): a model, wrapped for several processes or not.
-        checkpoint (dict): as :func:`~soft_mm.checkpoints.load_weights` gives it.
-        path (str): its file, for the message.
+        model (nn.Module): Model, with or without a wrapper for several processes.
+        checkpoint (dict): Content of the checkpoint, see :func:`~soft_mm.checkpoints.load_weights`.
+        path (str): Its file, for the message.
 
     Returns:
-        dict[str, Tensor]: the weights, by the names of the model.
+        dict[str, Tensor]: Weights with the keys of the model.
 
     Raises:
-        ValueError: if weights are missing or of another shape, position embeddings excepted, which are resized.
+        ValueError: If weights are missing or have another shape. Position embeddings are resized, so their grid may
+            differ.
     """
     found = {key.removeprefix('module.'): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
-    target = (model.module if is_model_wrapper(model) else model).state_dict()
-    missing = [key for key in target if key not in found]
-    misshapen = [
-        f'{key} {tuple(found[key].shape)} for {tuple(value.shape)}'
-        for key, value in target.items()
-        if key in found and found[key].shape != value.shape and not key.endswith('.pos_embed')
-    ]
-    if missing or misshapen:
-        raise ValueError(
-            f'{path} is not of the model of this config: of {len(target)} weights {len(missing)} are missing '
-            f'{missing[:3]} and {len(misshapen)} of another shape {misshapen[:3]}; give the config it was trained with'
-        )
+    check_whole_model(found, (model.module if is_model_wrapper(model) else model).state_dict(), path)
     return found
 
 
-def load_whole_model(path):
-    """Read the checkpoint of a whole model.
+def read_whole_model(source):
+    """Read the checkpoint of a whole model safely, before a toolbox reads it again with plain unpickling.
+
+    Args:
+        source (str | Path): File, or http or https address.
+
+    Returns:
+        tuple[str, dict]: File to give to the toolbox, and its content.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, see :func:`~soft_mm.checkpoints.load_weights`, or is of safetensors, which
-            mmengine's runner and the inferencers do not read.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be read (:func:`~soft_mm.checkpoints.load_weights`), or is a safetensors file, which
+            the toolboxes do not read.
     """
-    if str(path).endswith('.safetensors'):
-        raise ValueError(f'{path}: the toolboxes read whole models from .pth alone; convert it to one')
-    return load_weights(str(path))
+    file = local_file(source)
+    if file.endswith('.safetensors'):
+        raise ValueError(f'{source}: the toolboxes read whole models from .pth files only; convert it to .pth')
+    return file, load_weights(file)
+
+
+def load_model(config, checkpoint):
+    """Build the model of a config and load its checkpoint.
+
+    Args:
+        config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.
+        checkpoint (str | Path): File or address of its checkpoint.
+
+    Returns:
+        nn.Module: Model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If the config or the checkpoint does not exist.
+        ValueError: If the config has no backbone, or the checkpoint does not fit or cannot be read.
+    """
+    cfg = read_config(config)
+    if 'model' not in cfg or 'backbone' not in cfg.model:
+        raise ValueError(f'{config} has no `model.backbone`; give the config of a whole model')
+    cfg.model.backbone.init_cfg = None
+    model = build_model(cfg)
+    file, content = read_whole_model(checkpoint)
+    model.load_state_dict(check_weights(model, content, file), strict=False)
+    return model.eval()
+
+
+def fuse_conv_bn(model):
+    """Fuse each BatchNorm of SOFT's patch embeddings into the convolution before it, in place.
+
+    The outputs in evaluation mode stay the same up to rounding. A fused model must not be trained.
+
+    Args:
+        model (nn.Module): Model in evaluation mode with one or more SOFT backbones.
+
+    Returns:
+        nn.Module: ``model``.
+
+    Raises:
+        ValueError: If the model is in training mode.
+    """
+    if model.training:
+        raise ValueError('the model is in training mode: call eval() before fuse_conv_bn()')
+    for embed in model.modules():
+        if not isinstance(embed, PatchEmbed):
+            continue
+        for index in range(0, len(embed), 3):
+            # A BatchNorm may already be fused (nn.Identity).
+            if isinstance(embed[index + 1], nn.modules.batchnorm._BatchNorm):
+                embed[index] = fuse_conv_bn_eval(embed[index], embed[index + 1])
+                embed[index + 1] = nn.Identity()
+    return model
 
 
 def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
     """Draw predictions for images: class scores, boxes and masks, or a segmentation.
 
     Args:
-        images (list[str]): image files.
-        config (str | Path): config file of mmpretrain, mmdet or mmsegmentation.
-        checkpoint (str | Path): its checkpoint.
-        out_dir (str | Path): folder in which ``vis`` is filled with one picture an image.
-        device (str | None): ``'cpu'``, ``'cuda'`` or ``'cuda:i'``. Defaults to None, a GPU where there is one.
-        score_thr (float): boxes below this score are not drawn. Defaults to 0.3.
+        images (list[str]): Image files.
+        config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.
+        checkpoint (str | Path): File or address of its checkpoint.
+        out_dir (str | Path): Folder. One picture per image is written to ``vis`` in it.
+        device (str | None): ``'cpu'``, ``'cuda'`` or ``'cuda:i'``. Defaults to None: a GPU if there is one.
+        score_thr (float): Boxes with a lower score are not drawn. Defaults to 0.3.
 
     Returns:
-        Path: the folder of the pictures.
+        Path: Folder of the pictures.
 
     Raises:
-        ValueError: if the config is of another toolbox, the checkpoint of another model or not to be read, or pictures
+        ValueError: If the config belongs to no toolbox, the checkpoint does not fit or cannot be read, or two pictures
             would have the same name.
     """
-    cfg, checkpoint, pictures = Config.fromfile(config), str(checkpoint), Path(out_dir, 'vis')
-    # Before the inferencers read it, which would run code from it.
-    weights = load_whole_model(checkpoint)
+    cfg, pictures = read_config(config), Path(out_dir, 'vis')
+    file, weights = read_whole_model(checkpoint)
     scope = cfg.get('default_scope')
     if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
-        raise ValueError(f'{config} has default_scope {scope!r}; mmpretrain, mmdet and mmseg have predictions to draw')
-    # Another toolbox may have been used in this process.
+        raise ValueError(f"{config}: default_scope={scope!r}: expected 'mmpretrain', 'mmdet' or 'mmseg'")
+    # This process may have used another toolbox before.
     init_default_scope(scope)
     # The checkpoint has every weight.
     cfg.model.backbone.init_cfg = None
@@ -136,21 +171,22 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
         from mmpretrain.apis import ImageClassificationInferencer
 
         names = [Path(image).with_suffix('').name for image in images]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f'several images are called {twice[:3]} but for their endings, as their pictures would be')
-        inferencer = ImageClassificationInferencer(cfg, pretrained=checkpoint, device=device)
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f'several images have the same name without suffix, {repeated[:3]}: rename them')
+        inferencer = ImageClassificationInferencer(cfg, pretrained=file, device=device)
         options = dict(show_dir=str(pictures))
     elif scope == 'mmdet':
         from mmdet.apis import DetInferencer
 
-        inferencer = DetInferencer(cfg, weights=checkpoint, device=device)
+        inferencer = DetInferencer(cfg, weights=file, device=device)
         options = dict(out_dir=str(out_dir), pred_score_thr=score_thr)
     else:
         from mmseg.apis import MMSegInferencer
 
-        inferencer = MMSegInferencer(cfg, weights=checkpoint, device=device)
+        inferencer = MMSegInferencer(cfg, weights=file, device=device)
         options = dict(out_dir=str(out_dir))
-    check_weights(inferencer.model, weights, checkpoint)
+    check_weights(inferencer.model, weights, file)
+    fuse_conv_bn(inferencer.model)
     pictures.mkdir(parents=True, exist_ok=True)
     inferencer(images, **options)
     return pictures

@@ -1,50 +1,51 @@
 """Convert a checkpoint of the authors' classification code to soft_mm's names.
 
-Architecture, number of classes and grids of the position embeddings are read from the file. A file of the authors' code
-as published may hold a "small" of 38.9M parameters, which becomes an architecture of its own. Averaged weights are
-taken where there are any.
+The architecture, the number of classes and the grids of the position embeddings are read from the file. The authors'
+published code builds a "small" model with 38.9M parameters; it is converted to an arch dict. Averaged weights are used
+if the file has them.
 """
 
 import argparse
 from pathlib import Path
 
-from soft_mm.checkpoints import config_of, convert_checkpoint, import_safetensors, read_checkpoint, save_conversion
+from soft_mm.checkpoints.convert import config_of, convert_checkpoint, save_conversion
+from soft_mm.checkpoints.reading import import_safetensors, read_checkpoint
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('src', type=Path, help="the authors' file (.pth, .pth.tar, .safetensors)")
     parser.add_argument('dst', type=Path, help='file to write (.pth or .safetensors)')
-    parser.add_argument('--normalized', action='store_true', help='the model is normalised, where the file is silent')
-    parser.add_argument('--weights', choices=('ema', 'raw'), help='averaged weights, or those of the last step')
+    parser.add_argument('--normalized', action='store_true', help='the model is normalised (if the file does not say)')
+    parser.add_argument('--weights', choices=('ema', 'raw'), help='averaged weights, or weights of the last step')
     parser.add_argument('--backbone-only', action='store_true', help='leave the classifier out')
     args = parser.parse_args()
     if args.dst.suffix not in ('.pth', '.safetensors'):
-        parser.error(f'{args.dst}: the file to write must end in .pth or .safetensors')
+        parser.error(f'{args.dst}: expected a file name that ends in .pth or .safetensors')
     if args.dst.resolve() == args.src.resolve():
-        parser.error(f'{args.dst} is the file to convert: give another to write')
+        parser.error(f'{args.dst} is the file to convert: give another file to write')
     try:
         if args.dst.suffix == '.safetensors':
             import_safetensors(args.dst)
         conversion = convert_checkpoint(read_checkpoint(args.src), args.weights, args.backbone_only)
         if args.normalized and conversion.normalized is False:
-            parser.error(f'--normalized: {args.src} says that its model is plain')
+            parser.error(f'--normalized: {args.src} says that its model is not normalised')
         normalized = args.normalized or bool(conversion.normalized)
         args.dst.parent.mkdir(parents=True, exist_ok=True)
         save_conversion(conversion, args.dst, normalized, args.src.name)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     parameters = sum(value.numel() for value in conversion.state_dict.values() if value.is_floating_point())
-    told = 'the file says' if conversion.normalized is not None else 'as asked' if normalized else 'the file is silent'
+    told = 'from the file' if conversion.normalized is not None else 'as requested' if normalized else 'default'
     written, dropped = len(conversion.state_dict), list(conversion.dropped)
-    print(f'weights:      {conversion.weights}; not taken: {", ".join(conversion.beside) or "nothing"}')
-    print(f'architecture: {conversion.arch}, {parameters / 1e6:.2f} M numbers')
+    print(f'weights:      {conversion.weights}; unused: {", ".join(conversion.unused) or "nothing"}')
+    print(f'architecture: {conversion.arch}, {parameters / 1e6:.2f} M parameters and statistics')
     print(f'attention:    {"normalised" if normalized else "plain"} ({told})')
     print(f'classes:      {conversion.num_classes}')
     print(f'positions:    {", ".join("x".join(map(str, grid)) for grid in conversion.grids)}')
     print(
-        f'keys:         {conversion.num_source} read, {len(dropped)} dropped {dropped}, the others in {written} '
-        'written (query and value projections are stacked, the positions of the class token are apart)'
+        f'keys:         {conversion.num_source} read, {len(dropped)} dropped {dropped}, {written} written '
+        '(query and value projections are stacked, the position of the class token is a key of its own)'
     )
     print(f'written:      {args.dst}')
     print(f'config:\n{config_of(conversion, args.dst, normalized)}')

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several GPUs: tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
-# On several machines, start it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# With several machines, run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
 set -euo pipefail
 if [[ $# -lt 2 || ! $2 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 CONFIG GPUS [options of tools/train.py]" >&2

@@ -1,4 +1,4 @@
-"""Print parameters and multiply-adds of the model of a config, in whole and by stage."""
+"""Print the parameters and multiply-adds of the model of a config, and of each stage."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from soft_mm.analysis.complexity import config_complexity
+from soft_mm.complexity import config_complexity
 
 
 def main():
@@ -18,9 +18,9 @@ def main():
         nargs=2,
         default=(224, 224),
         metavar=('H', 'W'),
-        help='size of the image (224 224), of a sequence 1 and its tokens',
+        help='image size in pixels (224 224); for a sequence 1 and the number of tokens',
     )
-    parser.add_argument('--backbone', action='store_true', help='the backbone alone')
+    parser.add_argument('--backbone', action='store_true', help='count the backbone only')
     args = parser.parse_args()
     try:
         parts = config_complexity(args.config, tuple(args.shape), args.backbone)
@@ -29,7 +29,7 @@ def main():
     table = Table('part', 'parameters', 'multiply-adds', title=f'{args.config} at {args.shape[0]}x{args.shape[1]}')
     for part in parts:
         table.add_row(part.name or 'whole', f'{part.parameters / 1e6:.2f} M', f'{part.multiply_adds / 1e9:.3f} G')
-    # Not a terminal, it would be taken for a narrow one, and the table be cut.
+    # Outside a terminal rich assumes 80 columns and would cut the table.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -1,10 +1,9 @@
 """Train a config of mmpretrain, mmdet or mmsegmentation."""
 
-import os
-
 import torch
 
-from soft_mm.cli import build_runner, load_config, missing_files, runner_parser
+from soft_mm.inference import read_whole_model
+from soft_mm.runner import build_runner, load_config, missing_files, runner_parser
 
 
 def main():
@@ -13,18 +12,22 @@ def main():
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from the newest checkpoint of the work dir, or from the one given',
+        help='resume from the newest checkpoint of the work dir, or from the given checkpoint',
     )
     parser.add_argument(
-        '--auto-scale-lr', action='store_true', help="scale the learning rate from the config's batch to the batch here"
+        '--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size used here'
     )
     args = parser.parse_args()
     with missing_files():
         cfg = load_config(parser, args)
         if args.resume:
-            if args.resume != 'auto' and '://' not in args.resume and not os.path.isfile(args.resume):
-                parser.error(f'--resume: there is no checkpoint {args.resume}')
             cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
+        if cfg.get('load_from'):
+            try:
+                # mmengine would run code that the file holds.
+                cfg.load_from, _ = read_whole_model(cfg.load_from)
+            except (FileNotFoundError, ValueError) as error:
+                parser.error(str(error))
         if args.amp:
             if not torch.cuda.is_available():
                 parser.error('--amp: mixed precision needs a GPU, and PyTorch sees none')

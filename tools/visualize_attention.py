@@ -1,17 +1,17 @@
-"""Draw where query pixels look: rows of the attention matrix over the image, per head, without forming the matrix."""
+"""Draw rows of the attention matrix over an image: how much each query pixel attends to each other pixel, per head."""
 
 import argparse
 import re
 
 import mmcv
 
-from soft_mm.analysis.attention_maps import draw_attention, image_attention, load_model
-from soft_mm.inference import find_images
+from soft_mm.attention_maps import draw_attention, image_attention
+from soft_mm.inference import find_images, load_model
 
 
 def point(text):
     if not re.fullmatch(r'\d+,\d+', text):
-        raise argparse.ArgumentTypeError(f'{text!r} must be x,y in pixels, such as 120,64')
+        raise argparse.ArgumentTypeError(f'{text!r}: expected x,y in pixels, such as 120,64')
     return tuple(int(part) for part in text.split(','))
 
 
@@ -19,17 +19,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='image file')
     parser.add_argument('config', help='config file of a model with a SOFT backbone')
-    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('checkpoint', help='file or http(s) address of its checkpoint')
     parser.add_argument('--points', type=point, nargs='+', required=True, metavar='X,Y', help='query pixels')
-    parser.add_argument('--stage', type=int, default=1, help='1 to 3 (%(default)s)')
-    parser.add_argument('--block', type=int, default=-1, help='of the stage, from 0 (the last)')
-    parser.add_argument('--head', type=int, nargs='+', help='heads, from 0 (all)')
+    parser.add_argument('--stage', type=int, default=1, help='stage, 1 to 3 (%(default)s)')
+    parser.add_argument('--block', type=int, default=-1, help='block of the stage, from 0 (default: the last)')
+    parser.add_argument('--head', type=int, nargs='+', help='heads, from 0 (default: all)')
     parser.add_argument('--out', default='attention.png', help='picture to write (%(default)s)')
     args = parser.parse_args()
     try:
         images = find_images(args.image)
         if len(images) > 1:
-            raise ValueError(f'{args.image} holds {len(images)} images; give one')
+            raise ValueError(f'{args.image} holds {len(images)} images; give one image file')
         image = mmcv.imread(images[0], channel_order='rgb')
         model = load_model(args.config, args.checkpoint)
         rows = image_attention(model, image, args.points, args.stage, args.block)

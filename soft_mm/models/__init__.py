@@ -1,15 +1,14 @@
-"""The SOFT backbone and its parts as modules; needs torch and mmengine."""
+"""The SOFT backbone and its parts as modules. Imports torch and mmengine only."""
 
-from .attention import SoftmaxFreeAttention
-from .rivals import (
+from .attention import (
     GaussianKernelAttention,
     LinformerAttention,
     NystromAttention,
     PerformerAttention,
     SoftmaxAttention,
+    SoftmaxFreeAttention,
     SpatialReductionAttention,
 )
-from .sequence import SequenceEncoder, SequencePreprocessor
 from .soft import SOFT
 
 __all__ = [
@@ -18,8 +17,6 @@ __all__ = [
     'LinformerAttention',
     'NystromAttention',
     'PerformerAttention',
-    'SequenceEncoder',
-    'SequencePreprocessor',
     'SoftmaxAttention',
     'SoftmaxFreeAttention',
     'SpatialReductionAttention',

@@ -2,23 +2,39 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch.utils.checkpoint import checkpoint
 
 from soft_mm.ops.kernel import is_compiling
 
-from .attention import MultiheadAttention, build_attention
+from .attention import build_attention
 
-# Entries of the hidden layer of an MLP at a time: on a CPU they should stay in the cache.
-_PART_ENTRIES = {'cpu': 2**20}
+# Entries of the hidden layer of an MLP in one chunk. On a CPU they should fit in the cache.
+_CHUNK_ENTRIES = {'cpu': 2**20}
 _ACCELERATOR_ENTRIES = 2**26
 
 
+def reset_parameters(module):
+    """Initialise as the authors do: linear layers and embeddings from a truncated normal with deviation 0.02.
+
+    Biases of linear layers become 0. All other layers keep PyTorch's initialisation.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.rpartition('.')[2] in ('pos_embed', 'cls_pos_embed', 'cls_token'):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+
 class DropPath(nn.Module):
-    """Stochastic depth: drop the whole residual branch of an image and rescale the others (arXiv:1603.09382).
+    """Stochastic depth: drop the residual branch of an image and rescale the other branches (arXiv:1603.09382).
 
     Args:
-        drop_prob (float): probability that an image's branch is dropped in training.
+        drop_prob (float): Probability to drop the branch of an image in training.
     """
 
     def __init__(self, drop_prob):
@@ -36,15 +52,15 @@ class DropPath(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Two linear layers with a GELU between, hidden width ``4 C``.
+    """Two linear layers with a GELU between them. The hidden layer has ``4 C`` channels.
 
-    Tokens are taken a part at a time, so that what is four times as wide as they are stays small. In training the
-    output of the GELU is not held for the backward pass but computed again.
+    Processes tokens in chunks, so the 4C-wide hidden layer is never held whole. In training, the backward pass computes
+    the GELU again instead of keeping its output.
 
     Args:
-        embed_dims (int): channels ``C``.
-        approximate (str): of the GELU: ``'tanh'`` in stages 1 to 3, ``'none'`` in stage 4.
-        drop_rate (float): dropout after each linear layer. Defaults to 0.
+        embed_dims (int): Channels ``C``.
+        approximate (str): GELU form: ``'tanh'`` in stages 1 to 3, ``'none'`` in stage 4.
+        drop_rate (float): Dropout after each linear layer. Defaults to 0.
     """
 
     def __init__(self, embed_dims, approximate, drop_rate=0.0):
@@ -56,24 +72,25 @@ class MLP(nn.Sequential):
         self.add_module('drop2', nn.Dropout(drop_rate))
 
     def forward(self, x):
-        """Tokens ``(B, n, C)`` in and out."""
-        # A compiler decides by itself what to compute when, and what again.
+        """Apply the MLP to tokens ``(B, n, C)``."""
+        # A compiler plans its memory itself.
         if is_compiling():
-            return self._behind_fc1(self.fc1(x))
+            return self.after_fc1(self.fc1(x))
         recompute = self.training and torch.is_grad_enabled()
-        entries = _PART_ENTRIES.get(x.device.type, _ACCELERATOR_ENTRIES)
+        entries = _CHUNK_ENTRIES.get(x.device.type, _ACCELERATOR_ENTRIES)
         outputs = []
-        for part in x.flatten(0, -2).split(max(entries // (4 * x.shape[-1]), 1)):
-            hidden = self.fc1(part)
+        for chunk in x.flatten(0, -2).split(max(entries // (4 * x.shape[-1]), 1)):
+            hidden = self.fc1(chunk)
             if recompute:
-                # Without dropout there is no random state to keep, which a CUDA graph could not capture.
+                # Without dropout there is no random state to save. A CUDA graph could not capture saving it.
                 keep = self.drop1.p > 0
-                outputs.append(checkpoint(self._behind_fc1, hidden, use_reentrant=False, preserve_rng_state=keep))
+                outputs.append(checkpoint(self.after_fc1, hidden, use_reentrant=False, preserve_rng_state=keep))
             else:
-                outputs.append(self._behind_fc1(hidden))
+                outputs.append(self.after_fc1(hidden))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(x.shape)
 
-    def _behind_fc1(self, hidden):
+    def after_fc1(self, hidden):
+        """Apply the layers after the first linear layer to ``(..., 4C)``."""
         return self.drop2(self.fc2(self.drop1(self.act(hidden))))
 
 
@@ -81,13 +98,13 @@ class SoftmaxFreeBlock(BaseModule):
     """Post-norm block of stages 1 to 3: ``x = LN(x + attn(x)); x = LN(x + MLP(x))``.
 
     Args:
-        embed_dims (int): channels ``C``.
-        num_heads (int): heads.
-        ratio (int): side of a landmark's patch.
-        conv_size (int): side of the filters of the local branch.
-        attention (dict): config of the attention, see :func:`~soft_mm.models.attention.build_attention`.
-        drop_path (float): stochastic depth of both branches. Defaults to 0.
-        grid (tuple[int, ...] | None): that on which the attention learns, see there. Defaults to None.
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads.
+        ratio (int): Side of the patch of a landmark.
+        conv_size (int): Side of the filters of the local branch.
+        attention (dict): Config of the attention, see :func:`~soft_mm.models.attention.build_attention`.
+        drop_path (float): Stochastic depth of both branches. Defaults to 0.
+        grid (tuple[int, ...] | None): Learned grid of the attention, see there. Defaults to None.
     """
 
     def __init__(self, embed_dims, num_heads, ratio, conv_size, attention, drop_path=0.0, grid=None):
@@ -99,19 +116,43 @@ class SoftmaxFreeBlock(BaseModule):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, grid):
-        """Tokens ``(B, H * W, C)`` on ``grid = (H, W)`` in, tokens out."""
+        """Apply the block to tokens ``(B, H * W, C)`` on ``grid = (H, W)``."""
         x = self.norm1(x + self.drop_path(self.attn(x, grid)))
         return self.norm2(x + self.drop_path(self.mlp(x)))
+
+
+class MultiheadAttention(BaseModule):
+    """Softmax attention of stage 4 with PyTorch's fused kernel. It has no grid, because of the class token.
+
+    Args:
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads, a divisor of ``embed_dims``.
+        drop_rate (float): Dropout of the output. Defaults to 0.
+    """
+
+    def __init__(self, embed_dims, num_heads, drop_rate=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x):
+        """Apply the attention to tokens ``(B, n, C)``."""
+        B, n, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, n, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.drop(self.proj(out.transpose(1, 2).reshape(B, n, C)))
 
 
 class SoftmaxBlock(BaseModule):
     """Pre-norm block of stage 4 with softmax attention: ``x = x + attn(LN(x)); x = x + MLP(LN(x))``.
 
     Args:
-        embed_dims (int): channels ``C``.
-        num_heads (int): heads.
-        drop_rate (float): dropout of projection and MLP. Defaults to 0.
-        drop_path (float): stochastic depth of both branches. Defaults to 0.
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads.
+        drop_rate (float): Dropout of projection and MLP. Defaults to 0.
+        drop_path (float): Stochastic depth of both branches. Defaults to 0.
     """
 
     def __init__(self, embed_dims, num_heads, drop_rate=0.0, drop_path=0.0):
@@ -123,6 +164,6 @@ class SoftmaxBlock(BaseModule):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, grid):
-        """Tokens ``(B, 1 + H * W, C)``, the class token first, in and out; ``grid`` is not used."""
+        """Apply the block to tokens ``(B, 1 + H * W, C)``, class token first. ``grid`` is not used."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -1,14 +1,10 @@
-"""The attention mathematics as pure functions on tensors; needs torch and nothing else.
+"""The attention mathematics as pure functions on tensors. Imports torch and nothing else.
 
-:mod:`soft_mm.ops.reference` holds those of SOFT plainly, as the oracle of the tests.
+:mod:`soft_mm.ops.reference` has every formula of SOFT written plainly. The tests compare the fast forms with it.
 """
 
-from .attention import local_branch, normalized_softmax_free_attention, softmax_free_attention
-from .blockwise import blockwise_attention
-from .inverse import newton_inverse, newton_inverse_per_image, pseudo_inverse, ridge_matrix, safe_ridge
-from .kernel import gaussian_kernel
-from .landmarks import conv_landmarks, mean_landmarks, pool_landmarks, pooled_grid, random_landmarks
-from .rivals import (
+from .attention import local_branch, middle_matrix, normalized_softmax_free_attention, softmax_free_attention
+from .baseline_attention import (
     gaussian_attention,
     iterative_pinv,
     linformer_attention,
@@ -17,8 +13,21 @@ from .rivals import (
     performer_attention,
     resize_sequence_projection,
 )
+from .blockwise import blockwise_attention
+from .inverse import newton_inverse, newton_inverse_per_image, pseudo_inverse, ridge_matrix, safe_ridge
+from .kernel import gaussian_kernel
+from .landmarks import (
+    activate_landmarks,
+    conv_landmarks,
+    mean_landmarks,
+    pool_landmarks,
+    pooled_grid,
+    project_patches,
+    random_landmarks,
+)
 
 __all__ = [
+    'activate_landmarks',
     'blockwise_attention',
     'conv_landmarks',
     'gaussian_attention',
@@ -27,6 +36,7 @@ __all__ = [
     'linformer_attention',
     'local_branch',
     'mean_landmarks',
+    'middle_matrix',
     'newton_inverse',
     'newton_inverse_per_image',
     'normalized_softmax_free_attention',
@@ -35,6 +45,7 @@ __all__ = [
     'performer_attention',
     'pool_landmarks',
     'pooled_grid',
+    'project_patches',
     'pseudo_inverse',
     'random_landmarks',
     'resize_sequence_projection',

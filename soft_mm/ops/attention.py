@@ -3,32 +3,47 @@
 import torch.nn.functional as F
 
 from .blockwise import blockwise_attention
-from .inverse import newton_inverse, newton_inverse_per_image, pseudo_inverse, ridge_matrix
+from .checks import check_choice, check_integer, check_positive
+from .inverse import NEWTON_BACKWARDS, newton_inverse, newton_inverse_per_image, pseudo_inverse, ridge_matrix
 from .kernel import compute_dtype, gaussian_kernel
 
 SOLVERS = ('newton', 'cholesky', 'svd')
-NEWTON_BACKWARDS = ('one_step', 'exact')
+_DEFAULTS = dict(newton_iterations=20, newton_backward='one_step', ridge=0.01)
 
 
-def check_solver(solver, newton_iterations, newton_backward):
-    """Raise a ``ValueError`` that names what is allowed if an option of the inverse is not."""
-    if solver not in SOLVERS:
-        raise ValueError(f'solver={solver!r} is unknown; choose one of {SOLVERS}')
-    if newton_backward not in NEWTON_BACKWARDS:
-        raise ValueError(f'newton_backward={newton_backward!r} is unknown; choose one of {NEWTON_BACKWARDS}')
-    check_count('newton_iterations', newton_iterations)
+def check_solver(solver, normalized=False, **options):
+    """Check the options of the inverse. An option that has no effect in the chosen form must keep its default.
 
+    Args:
+        solver (str): ``'newton'``, ``'cholesky'`` or ``'svd'``.
+        normalized (bool): Whether the attention is normalised. Defaults to False.
+        **options: ``newton_iterations``, ``newton_backward`` and ``ridge``, see :func:`softmax_free_attention`.
 
-def check_count(name, value, least=1):
-    """Raise a ``ValueError`` that names the option if its value is no whole number from ``least`` up."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f'{name}={value!r} must be a whole number from {least} up')
+    Raises:
+        ValueError: If an option is out of its range, or has no effect and is not its default.
+    """
+    check_choice('solver', solver, SOLVERS)
+    options = {**_DEFAULTS, **options}
+    check_integer('newton_iterations', options['newton_iterations'])
+    check_choice('newton_backward', options['newton_backward'], NEWTON_BACKWARDS)
+    check_positive('ridge', options['ridge'])
+    used = {
+        'newton_iterations': solver == 'newton',
+        'newton_backward': solver == 'newton' and not normalized,
+        'ridge': solver == 'cholesky' or (solver == 'newton' and not normalized),
+    }
+    for name, value in options.items():
+        if not used[name] and value != _DEFAULTS[name]:
+            raise ValueError(
+                f'{name}={value!r} has no effect with solver={solver!r}, normalized={normalized}: leave it out, or '
+                f'set {name}={_DEFAULTS[name]!r}'
+            )
 
 
 def _kernel_and_ridge_matrix(landmarks, ridge):
-    """``A`` and ``A + ridge * I``, the latter positive definite in its dtype."""
+    """Return ``A`` and ``A + ridge * I``. The second is positive definite in its dtype."""
     landmarks = landmarks.to(compute_dtype(landmarks))
-    # Distances are the same from any origin, and are rounded least from the mean.
+    # Centring does not change distances, and it reduces their rounding errors.
     landmarks = landmarks - landmarks.mean(-2, keepdim=True)
     kernel = gaussian_kernel(landmarks, landmarks)
     return kernel, ridge_matrix(kernel, ridge, landmarks.detach().square().sum(-1).amax(-1))
@@ -39,98 +54,112 @@ def _degree_roots(kernel, degree_scale):
     return root * root.transpose(-2, -1)
 
 
-def softmax_free_attention(
-    q,
+def middle_matrix(
     landmarks,
-    v,
+    normalized=False,
     solver='newton',
     newton_iterations=20,
     newton_backward='one_step',
     ridge=0.01,
-    scale=1.0,
-):
-    """Plain attention ``P (A_inv (P^T v))`` with ``P = g(q, l)`` and ``A = g(l, l)`` (SOFT, section 3.2).
-
-    The products are taken from the right, ``n m d`` multiply-adds each, and ``P`` is formed a block of tokens at a
-    time: nothing of size ``n x n`` or ``n x m`` is held, see :mod:`soft_mm.ops.blockwise`.
-
-    Args:
-        q (Tensor): queries, which are the keys too, ``(B, h, n, d)``.
-        landmarks (Tensor): ``(B, h, m, d)``.
-        v (Tensor): values ``(B, h, n, d_v)``.
-        solver (str): ``'newton'``, the authors' truncated iterations on ``A + ridge * I``; ``'cholesky'``, its
-            inverse; or ``'svd'``, the pseudo-inverse of ``A``, the exact yardstick.
-        newton_iterations (int): see :func:`~soft_mm.ops.newton_inverse`.
-        newton_backward (str): see :func:`~soft_mm.ops.newton_inverse`.
-        ridge (float): see there.
-        scale (float): multiplies the queries: ``d^(-1/4)`` where they come as projected. Defaults to 1.
-
-    Returns:
-        Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``; computed in float32 or wider.
-
-    Raises:
-        ValueError: for an unknown ``solver`` or ``newton_backward``, or fewer than one iteration.
-    """
-    check_solver(solver, newton_iterations, newton_backward)
-    if solver == 'cholesky':
-        return blockwise_attention(q, landmarks, v, _kernel_and_ridge_matrix(landmarks, ridge)[1], True, scale)
-    if solver == 'svd':
-        return blockwise_attention(q, landmarks, v, pseudo_inverse(landmarks)[0], scale=scale)
-    kernel = gaussian_kernel(landmarks, landmarks)
-    inverse = newton_inverse(kernel, newton_iterations, ridge, newton_backward)
-    return blockwise_attention(q, landmarks, v, inverse, scale=scale)
-
-
-def normalized_softmax_free_attention(
-    q,
-    landmarks,
-    v,
-    solver='newton',
-    newton_iterations=20,
-    ridge=0.01,
     degree_scale=1.0,
-    scale=1.0,
 ):
-    """Normalised attention ``P (D^-1/2 A_inv D^-1/2 (P^T v))`` with ``D = diag(A 1)`` (SOFT++, attention
-    normalisation).
+    """Compute the matrix ``M`` of the attention ``P M (P^T v)`` from the landmarks.
+
+    ``M`` is ``A_inv``, or with ``normalized`` ``D^-1/2 A_inv D^-1/2`` with ``D = degree_scale * diag(A 1)``.
 
     Args:
-        q (Tensor): as in :func:`softmax_free_attention`.
         landmarks (Tensor): ``(B, h, m, d)``.
-        v (Tensor): ``(B, h, n, d_v)``.
-        solver (str): ``'newton'``, the authors' truncated iterations without a ridge and with one step size per
-            image; ``'cholesky'``, the inverse of ``A + ridge * I``; or ``'svd'``, the pseudo-inverse of ``A``.
-        newton_iterations (int): number of iterations of ``'newton'``, which is differentiated through.
-        ridge (float): of ``'cholesky'``.
-        degree_scale (float): multiplies ``D``: how many landmarks each of the given ones stands for.
-        scale (float): multiplies the queries. Defaults to 1.
+        normalized (bool): Normalise as SOFT++ does. Defaults to False.
+        solver (str): See :func:`softmax_free_attention` and :func:`normalized_softmax_free_attention`.
+        newton_iterations (int): See there.
+        newton_backward (str): See there.
+        ridge (float): See there.
+        degree_scale (float): Factor of the degrees. Without ``normalized`` it is not used. Defaults to 1.
 
     Returns:
-        Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``; computed in float32 or wider.
-
-    Raises:
-        ValueError: for an unknown ``solver`` or fewer than one iteration.
+        tuple[Tensor, bool]: ``(B, h, m, m)`` in float32 or wider, and whether it is the inverse of ``M`` instead of
+        ``M`` (for ``'cholesky'``). Both are arguments of :func:`~soft_mm.ops.blockwise_attention`.
     """
-    check_solver(solver, newton_iterations, NEWTON_BACKWARDS[0])
     if solver == 'cholesky':
         kernel, matrix = _kernel_and_ridge_matrix(landmarks, ridge)
-        return blockwise_attention(q, landmarks, v, matrix * _degree_roots(kernel, degree_scale), True, scale)
+        return (matrix * _degree_roots(kernel, degree_scale) if normalized else matrix), True
     if solver == 'svd':
         inverse, kernel = pseudo_inverse(landmarks)
     else:
         kernel = gaussian_kernel(landmarks, landmarks)
-        inverse = newton_inverse_per_image(kernel, newton_iterations)
-    inverse = inverse / _degree_roots(kernel, degree_scale)
-    return blockwise_attention(q, landmarks, v, inverse, scale=scale)
+        if normalized:
+            inverse = newton_inverse_per_image(kernel, newton_iterations)
+        else:
+            inverse = newton_inverse(kernel, newton_iterations, ridge, newton_backward)
+    return (inverse / _degree_roots(kernel, degree_scale) if normalized else inverse), False
+
+
+def softmax_free_attention(
+    q, landmarks, v, solver='newton', newton_iterations=20, newton_backward='one_step', ridge=0.01
+):
+    """Compute plain attention ``P (A_inv (P^T v))`` with ``P = g(q, l)`` and ``A = g(l, l)`` (SOFT, section 3.2).
+
+    ``P`` is formed in chunks of tokens (:mod:`soft_mm.ops.blockwise`). Nothing of size ``n x n`` or ``n x m`` is held.
+
+    Args:
+        q (Tensor): Scaled queries, which are also the keys, ``(B, h, n, d)``.
+        landmarks (Tensor): ``(B, h, m, d)``.
+        v (Tensor): Values ``(B, h, n, d_v)``.
+        solver (str): ``'newton'``: the authors' truncated iterations on ``A + ridge * I``. ``'cholesky'``: the inverse
+            of ``A + ridge * I``. ``'svd'``: the exact pseudo-inverse of ``A``, slow. Defaults to ``'newton'``.
+        newton_iterations (int): See :func:`~soft_mm.ops.newton_inverse`. Defaults to 20.
+        newton_backward (str): See :func:`~soft_mm.ops.newton_inverse`. Defaults to ``'one_step'``.
+        ridge (float): Added to the diagonal of ``A``. Defaults to 0.01.
+
+    Returns:
+        Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider.
+
+    Raises:
+        ValueError: If an option is out of its range, or has no effect with this solver and is not its default.
+    """
+    options = dict(newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge)
+    check_solver(solver, **options)
+    return blockwise_attention(q, landmarks, v, *middle_matrix(landmarks, False, solver, **options))
+
+
+def normalized_softmax_free_attention(
+    q, landmarks, v, solver='newton', newton_iterations=20, ridge=0.01, degree_scale=1.0
+):
+    """Compute normalised attention ``P (D^-1/2 A_inv D^-1/2 (P^T v))`` (SOFT++, attention normalisation).
+
+    ``D`` is ``degree_scale * diag(A 1)``.
+
+    Args:
+        q (Tensor): As in :func:`softmax_free_attention`.
+        landmarks (Tensor): ``(B, h, m, d)``.
+        v (Tensor): ``(B, h, n, d_v)``.
+        solver (str): ``'newton'``: the authors' truncated iterations, without a ridge and with one step size per image;
+            the gradient passes through the iterations. ``'cholesky'``: the inverse of ``A + ridge * I``. ``'svd'``: the
+            exact pseudo-inverse of ``A``, slow. Defaults to ``'newton'``.
+        newton_iterations (int): Number of iterations of ``'newton'``. Defaults to 20.
+        ridge (float): Added to the diagonal of ``A`` by ``'cholesky'``. Defaults to 0.01.
+        degree_scale (float): Factor of ``D``: the number of landmarks that each given one was pooled from. Defaults to
+            1.
+
+    Returns:
+        Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider.
+
+    Raises:
+        ValueError: If an option is out of its range, or has no effect with this solver and is not its default.
+    """
+    options = dict(newton_iterations=newton_iterations, ridge=ridge)
+    check_solver(solver, normalized=True, **options)
+    matrix = middle_matrix(landmarks, True, solver, degree_scale=degree_scale, **options)
+    return blockwise_attention(q, landmarks, v, *matrix)
 
 
 def local_branch(v, grid, weight):
-    """Depthwise convolution of the values, one filter per head shared by the head's channels (the authors' code).
+    """Convolve the values depthwise. The channels of a head share one filter (the authors' code).
 
     Args:
-        v (Tensor): values as tokens ``(B, n, C)``, the channels of a head side by side.
-        grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
-        weight (Tensor): ``(h, 1, c, c)`` with ``c`` odd, ``(h, 1, 1, c)`` for a sequence, whose grid is ``(1, n)``.
+        v (Tensor): Values as tokens ``(B, n, C)``. The channels of a head are adjacent.
+        grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``. A sequence has the grid ``(1, n)``.
+        weight (Tensor): ``(h, 1, c, c)`` with ``c`` odd, or ``(h, 1, 1, c)`` for a sequence.
 
     Returns:
         Tensor: ``(B, n, C)``.

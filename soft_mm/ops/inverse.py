@@ -1,13 +1,15 @@
-"""Inverses of the landmark kernel ``A``: truncated Newton iterations, the ridge inverse solved directly, and the exact
-pseudo-inverse."""
+"""Inverses of the landmark kernel ``A``: truncated Newton, ridge (by Cholesky) and exact (pseudo-inverse)."""
 
 import torch
 
+from .checks import check_choice
 from .kernel import compute_dtype, gaussian_kernel, without_autocast
+
+NEWTON_BACKWARDS = ('one_step', 'exact')
 
 
 def add_ridge(kernel, ridge):
-    """``kernel + ridge * I`` for ``(..., m, m)``; ``ridge`` is a number or a tensor ``(..., 1, 1)``."""
+    """Return ``kernel + ridge * I`` for ``(..., m, m)``. ``ridge`` is a number or a tensor ``(..., 1, 1)``."""
     return kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
 
 
@@ -24,7 +26,7 @@ def _plain_step(kernel):
 
 
 class _OneStepNewton(torch.autograd.Function):
-    """Newton iterations whose backward is that of a true inverse, ``dL/dA = -V^T (dL/dV) V^T``."""
+    """Newton iterations with the gradient of the true inverse, ``dL/dA = -V^T (dL/dV) V^T``."""
 
     @staticmethod
     def forward(ctx, kernel, iterations, ridge):
@@ -47,50 +49,49 @@ def _one_step_gradient(grad, inverse):
 
 @without_autocast
 def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
-    """Truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.2).
+    """Compute the truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.2).
 
     ``V_0 = alpha A'`` with ``A' = A + ridge * I`` and ``alpha = 1.8 / (largest row sum of A)^2``, then
-    ``V <- 2V - V A' V``. Where landmarks are alike the iterations stop short of the inverse: the result is a
-    function of its own.
+    ``V <- 2V - V A' V``. If landmarks are alike, the iterations stop before they reach the inverse. The result is then
+    a different function from the inverse.
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric with entries in [0, 1].
-        iterations (int): number of iterations.
-        ridge (float): added to the diagonal.
-        backward (str): ``'one_step'``, the authors' gradient, which is that of the inverse and not of its
-            truncation; or ``'exact'``, the gradient of what was computed.
+        iterations (int): Number of iterations. Defaults to 20.
+        ridge (float): Added to the diagonal. Defaults to 0.01.
+        backward (str): ``'one_step'``: the authors' gradient, which is the gradient of the true inverse. ``'exact'``:
+            the gradient of the computed result. Defaults to ``'one_step'``.
 
     Returns:
-        Tensor: ``(..., m, m)`` in float32 or wider, inside autocast too, as of the other inverses here.
+        Tensor: ``(..., m, m)`` in float32 or wider, inside autocast too.
 
     Raises:
-        ValueError: for another ``backward``.
+        ValueError: If ``backward`` is unknown.
     """
+    check_choice('backward', backward, NEWTON_BACKWARDS)
     kernel = kernel.to(compute_dtype(kernel))
     if backward == 'one_step':
         return _OneStepNewton.apply(kernel, iterations, ridge)
-    if backward == 'exact':
-        step = _plain_step(kernel)
-        kernel = add_ridge(kernel, ridge)
-        return _iterate(kernel, step * kernel, iterations)
-    raise ValueError(f"backward={backward!r} of the Newton inverse is unknown; choose 'one_step' or 'exact'")
+    step = _plain_step(kernel)
+    kernel = add_ridge(kernel, ridge)
+    return _iterate(kernel, step * kernel, iterations)
 
 
 @without_autocast
 def newton_inverse_per_image(kernel, iterations=20):
-    """Truncated Newton inverse without a ridge, with one step size for all heads of an image (SOFT++).
+    """Compute the truncated Newton inverse without a ridge, with one step size per image (SOFT++).
 
-    The step size is ``alpha = 2 / (largest row sum)^2``, halved up to ten times while the largest column sum of
-    ``|I - alpha A^2|`` exceeds 1.01, both maxima over the heads of one image, so that an image's result does not
-    depend on its batch. ``A`` has no negative entry, so the column sums follow from those of ``A^2`` and from its
-    diagonal: nothing but vectors is needed to choose ``alpha``, and no decision is taken on the host.
+    The step size is ``alpha = 2 / (largest row sum)^2``. It is halved up to ten times while the largest column sum of
+    ``|I - alpha A^2|`` exceeds 1.01. Both maxima are taken over the heads of one image, so the result of an image does
+    not depend on its batch. The entries of ``A`` are not negative, so the column sums follow from the column sums and
+    the diagonal of ``A^2``, and ``A^2`` is never formed. ``alpha`` is chosen without a host synchronisation.
 
     Args:
         kernel (Tensor): ``A``, ``(B, h, m, m)``, symmetric with entries in [0, 1].
-        iterations (int): number of iterations.
+        iterations (int): Number of iterations. Defaults to 20.
 
     Returns:
-        Tensor: ``(B, h, m, m)``, differentiable through the iterations and the step size.
+        Tensor: ``(B, h, m, m)`` in float32 or wider. The gradient passes through the iterations and the step size.
     """
     kernel = kernel.to(compute_dtype(kernel))
     step = 2 / kernel.sum(-1).amax((-2, -1)).square()
@@ -101,21 +102,22 @@ def newton_inverse_per_image(kernel, iterations=20):
         square_sum = torch.matmul(kernel.sum(-1).unsqueeze(-2), kernel).squeeze(-2).unsqueeze(1)
         column_sum = (1 - candidates * square_diagonal).abs() + candidates * (square_sum - square_diagonal)
         too_large = column_sum.amax((-2, -1)) > 1.01
-        # The first candidate that is small enough, else the last one.
+        # The first candidate that is small enough, or the last one if none is.
         halving = 0.5 ** too_large[:, :-1].to(kernel.dtype).cumprod(1).sum(1)
     return _iterate(kernel, (step * halving)[:, None, None, None] * kernel, iterations)
 
 
 @without_autocast
 def pseudo_inverse(landmarks):
-    """Moore-Penrose inverse of the kernel between landmarks, taken in float64 by its singular values: what the other
-    inverses approximate, at many times their cost.
+    """Compute the Moore-Penrose inverse of the landmark kernel in float64 from its singular values.
+
+    This is the exact reference for the other inverses. It costs many times as much.
 
     Args:
         landmarks (Tensor): ``(..., m, d)``.
 
     Returns:
-        tuple[Tensor, Tensor]: the inverse and the kernel, each ``(..., m, m)`` in float32 or wider.
+        tuple[Tensor, Tensor]: Inverse and kernel, each ``(..., m, m)`` in float32 or wider.
     """
     kernel = gaussian_kernel(landmarks.double(), landmarks.double())
     dtype = compute_dtype(landmarks)
@@ -123,16 +125,16 @@ def pseudo_inverse(landmarks):
 
 
 def safe_ridge(kernel, ridge, square_norm=0.0):
-    """The ridge with which ``kernel`` can be factorised in its dtype: ``max(ridge, eps r (8 + 2 s))``, ``r`` its
-    largest row sum and ``s`` the largest squared norm of the tokens that it was made of.
+    """Return a ridge that is large enough to factorise ``kernel`` in its dtype: ``max(ridge, eps r (8 + 2 s))``.
 
-    ``r`` bounds the largest eigenvalue, and ``eps r`` is the size of the rounding errors of a factorisation, which
-    may make the smallest eigenvalue negative; the exponents of the entries are differences of numbers of the size of
-    ``s``, which makes ``2 eps s`` of them uncertain. The rule needs no look at the outcome.
+    ``r`` is the largest row sum, which bounds the largest eigenvalue. A factorisation has rounding errors of about
+    ``eps r``, which can make the smallest eigenvalue negative. ``s`` is the largest squared norm of the landmarks:
+    the exponents of the entries have rounding errors of about ``2 eps s``. The ridge is chosen a priori, without a host
+    synchronisation.
 
     Args:
         kernel (Tensor): ``(..., m, m)`` with no negative entry.
-        ridge (float): the wanted ridge.
+        ridge (float): Requested ridge.
         square_norm (float | Tensor): ``s``, a number or ``(...)``. Defaults to 0.
 
     Returns:
@@ -144,13 +146,12 @@ def safe_ridge(kernel, ridge, square_norm=0.0):
 
 
 def ridge_matrix(kernel, ridge=0.01, square_norm=0.0):
-    """``A + ridge * I``, positive definite in its dtype: the ridge is raised where that asks for it, see
-    :func:`safe_ridge`.
+    """Return ``A + ridge * I``, positive definite in its dtype. The ridge is raised if needed (:func:`safe_ridge`).
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric positive semidefinite with entries in [0, 1].
-        ridge (float): added to the diagonal, positive.
-        square_norm (float | Tensor): see :func:`safe_ridge`. Defaults to 0.
+        ridge (float): Added to the diagonal, positive. Defaults to 0.01.
+        square_norm (float | Tensor): See :func:`safe_ridge`. Defaults to 0.
 
     Returns:
         Tensor: ``(..., m, m)`` in float32 or wider.

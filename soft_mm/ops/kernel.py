@@ -1,23 +1,23 @@
-"""The Gaussian kernel between sets of tokens."""
+"""The Gaussian kernel between two sets of tokens."""
 
 import functools
 
 import torch
 
-# Not there before PyTorch 2.3.
+# PyTorch before 2.3 has no `is_compiling`.
 is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
 
 
 def compute_dtype(tensor):
-    """The dtype in which distances may be taken: float32, or float64 for a float64 input.
+    """Return the dtype for distances: float32, or float64 for a float64 input.
 
-    In half precision ``||a||^2 + ||b||^2 - 2 a.b`` cancels to nothing.
+    In half precision ``||a||^2 + ||b||^2 - 2 a.b`` loses all its digits.
     """
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def without_autocast(function):
-    """Run ``function``, whose first argument is a tensor, with autocast off: it casts what it needs by itself."""
+    """Run ``function``, whose first argument is a tensor, with autocast off. The function does its own casts."""
 
     @functools.wraps(function)
     def run(tensor, *args, **kwargs):
@@ -29,19 +29,18 @@ def without_autocast(function):
 
 @without_autocast
 def gaussian_kernel(a, b):
-    """``exp(-||a_i - b_j||^2 / 2)`` for all pairs, through one batched matrix product (SOFT, section 3.1).
+    """Compute ``exp(-||a_i - b_j||^2 / 2)`` for all pairs with one batched matrix product (SOFT, section 3.1).
 
     Args:
-        a (Tensor): tokens ``(..., n, d)``.
-        b (Tensor): tokens ``(..., m, d)``.
+        a (Tensor): Tokens ``(..., n, d)``.
+        b (Tensor): Tokens ``(..., m, d)``.
 
     Returns:
-        Tensor: ``(..., n, m)`` with entries in [0, 1], in float32, or float64 where the inputs are; autocast does
-            not reach inside.
+        Tensor: ``(..., n, m)`` with entries in [0, 1], in float32 or wider, inside autocast too.
     """
     a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
     exponent = torch.matmul(a, b.transpose(-2, -1))
     exponent -= a.square().sum(-1, keepdim=True) / 2
     exponent -= b.square().sum(-1).unsqueeze(-2) / 2
-    # Rounding can lift the exponent of a token against itself above zero.
+    # Rounding can lift the exponent of two equal tokens above 0.
     return exponent.clamp_(max=0).exp_()

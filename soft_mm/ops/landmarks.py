@@ -1,4 +1,4 @@
-"""Landmark (bottleneck) tokens: a few tokens per head that stand for all."""
+"""Landmark (bottleneck) tokens: a few tokens per head that represent all tokens."""
 
 import math
 
@@ -9,25 +9,22 @@ from .kernel import compute_dtype, without_autocast
 
 
 @without_autocast
-def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
-    """Sample landmarks by a strided convolution: ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.2).
+def project_patches(q, grid, weight):
+    """Apply a convolution whose kernel equals its stride to the queries of each head.
 
-    The patches do not overlap, so the convolution is one matrix product over flattened patches. A remainder of the
-    grid beyond a whole number of patches is left out; a side shorter than one patch is stretched to one by nearest
-    neighbours, so that there is always a landmark.
+    The patches do not overlap, so the convolution is one matrix product over flattened patches. Rows and columns that
+    do not fill a patch are left out. A side shorter than one patch is stretched to one patch by nearest neighbours, so
+    there is at least one landmark.
 
     Args:
-        q (Tensor): scaled queries ``(B, h, n, d)`` with ``n = H * W``.
+        q (Tensor): Scaled queries ``(B, h, n, d)`` with ``n = H * W``.
         grid (tuple[int, int]): ``(H, W)``.
-        weight (Tensor): ``(d, d, r, r)``, kernel and stride ``r``, shared by the heads; ``(d, d, 1, r)`` for a
-            sequence, whose grid is ``(1, n)``.
-        norm_weight (Tensor): ``(d,)``.
-        norm_bias (Tensor): ``(d,)``.
-        eps (float): of the LayerNorm.
+        weight (Tensor): ``(d, d, r, r)``, shared by the heads. ``(d, d, 1, r)`` for a sequence, whose grid is
+            ``(1, n)``.
 
     Returns:
-        tuple[Tensor, tuple[int, int]]: landmarks ``(B, h, m, d)`` in float32 or wider, and their grid
-        ``(max(H // r, 1), max(W // r, 1))``, for a sequence ``(1, max(n // r, 1))``.
+        tuple[Tensor, tuple[int, int]]: Tokens ``(B, h, m, d)`` in float32 or wider, and their grid
+        ``(max(H // r, 1), max(W // r, 1))`` (for a sequence ``(1, max(n // r, 1))``).
     """
     (B, heads, _, d), (H, W), (rows, columns) = q.shape, grid, weight.shape[-2:]
     out_h, out_w = max(H // rows, 1), max(W // columns, 1)
@@ -38,22 +35,57 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
             maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
     patches = maps[:, :, : out_h * rows, : out_w * columns].reshape(B, heads, out_h, rows, out_w, columns, d)
     patches = patches.transpose(3, 4).reshape(B, heads, out_h * out_w, rows * columns * d)
-    tokens = F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1))
-    tokens = F.layer_norm(tokens, (d,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
-    return F.gelu(tokens), (out_h, out_w)
+    return F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1)), (out_h, out_w)
+
+
+@without_autocast
+def activate_landmarks(tokens, weight, bias, eps=1e-5):
+    """Apply LayerNorm and GELU to landmark tokens, in float32 or wider.
+
+    Args:
+        tokens (Tensor): ``(B, h, m, d)``.
+        weight (Tensor): ``(d,)``, of the LayerNorm.
+        bias (Tensor): ``(d,)``, of the LayerNorm.
+        eps (float): Of the LayerNorm. Defaults to 1e-5.
+
+    Returns:
+        Tensor: ``(B, h, m, d)``.
+    """
+    tokens = tokens.to(compute_dtype(tokens))
+    weight, bias = weight.to(tokens.dtype), bias.to(tokens.dtype)
+    return F.gelu(F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps))
+
+
+def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
+    """Sample landmarks by a strided convolution: ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.2).
+
+    Args:
+        q (Tensor): Scaled queries ``(B, h, n, d)``.
+        grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
+        weight (Tensor): See :func:`project_patches`.
+        norm_weight (Tensor): ``(d,)``.
+        norm_bias (Tensor): ``(d,)``.
+        eps (float): Of the LayerNorm. Defaults to 1e-5.
+
+    Returns:
+        tuple[Tensor, tuple[int, int]]: Landmarks ``(B, h, m, d)`` in float32 or wider, and their grid, see
+        :func:`project_patches`.
+    """
+    tokens, grid = project_patches(q, grid, weight)
+    return activate_landmarks(tokens, norm_weight, norm_bias, eps), grid
 
 
 def pooled_grid(grid, max_landmarks):
-    """A grid of at most ``max_landmarks`` cells, close to that number and to the aspect of ``grid``.
+    """Return a grid with at most ``max_landmarks`` cells, close to that number and to the aspect ratio of ``grid``.
 
-    Of the two whole numbers around the ideal short side, that whose grid has the nearer aspect.
+    The short side is one of the two integers around its ideal length. The one with the closer aspect ratio is chosen.
 
     Args:
         grid (tuple[int, int]): ``(H, W)`` of the landmarks.
-        max_landmarks (int): at least 1.
+        max_landmarks (int): At least 1.
 
     Returns:
-        tuple[int, int]: ``grid`` itself where it has no more cells than that.
+        tuple[int, int]: ``grid`` itself if it has no more than ``max_landmarks`` cells.
     """
     H, W = grid
     if H * W <= max_landmarks:
@@ -75,12 +107,12 @@ def pool_landmarks(landmarks, grid, max_landmarks):
 
     Args:
         landmarks (Tensor): ``(B, h, M, d)``.
-        grid (tuple[int, int]): their grid, ``M`` cells.
-        max_landmarks (int | None): ``None`` keeps all.
+        grid (tuple[int, int]): Their grid, with ``M`` cells.
+        max_landmarks (int | None): None keeps all.
 
     Returns:
-        tuple[Tensor, float]: ``(B, h, m, d)``, and ``M / m``, the number of landmarks that one of them now stands
-        for. With ``M <= max_landmarks`` the very tensor that was given, and 1.
+        tuple[Tensor, float]: Landmarks ``(B, h, m, d)`` and the pool factor ``M / m``. If ``M <= max_landmarks``, the
+        given tensor itself and 1.
     """
     count = landmarks.shape[2]
     if max_landmarks is None or count <= max_landmarks:
@@ -90,15 +122,15 @@ def pool_landmarks(landmarks, grid, max_landmarks):
 
 
 def mean_landmarks(tokens, grid, out_grid):
-    """Means of tokens over the cells of a coarser grid: segments of a sequence, whose grid is ``(1, n)``.
+    """Average tokens over the cells of a coarser grid. For a sequence, whose grid is ``(1, n)``, cells are segments.
 
     Args:
         tokens (Tensor): ``(B, h, n, d)``.
-        grid (tuple[int, int]): their grid.
-        out_grid (tuple[int, int]): grid of the landmarks.
+        grid (tuple[int, int]): Their grid.
+        out_grid (tuple[int, int]): Grid of the landmarks.
 
     Returns:
-        Tensor: ``(B, h, m, d)``; the very tensor that was given where the grids are the same.
+        Tensor: ``(B, h, m, d)``. If the grids are equal, the given tensor itself.
     """
     if tuple(grid) == tuple(out_grid):
         return tokens
@@ -108,12 +140,13 @@ def mean_landmarks(tokens, grid, out_grid):
 
 
 def random_landmarks(q, count, generator=None):
-    """Tokens drawn without replacement, the same of every head and image (SOFT, ablation of the sampling).
+    """Draw tokens without replacement, the same ones for every head and image (SOFT, ablation of the sampling).
 
     Args:
         q (Tensor): ``(B, h, n, d)``.
-        count (int): how many, at most ``n``.
-        generator (torch.Generator | None): of the CPU. Defaults to None, PyTorch's own on the device of ``q``.
+        count (int): Number of landmarks, at most ``n``.
+        generator (torch.Generator | None): A CPU generator. Defaults to None: PyTorch's generator of the device of
+            ``q``.
 
     Returns:
         Tensor: ``(B, h, count, d)``.

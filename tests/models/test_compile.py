@@ -23,9 +23,9 @@ TRAININGS = [
 
 
 @pytest.fixture(autouse=True)
-def several_blocks(monkeypatch):
+def several_chunks(monkeypatch):
     """Few tokens at a time, so that small images need several blocks; nothing compiled for the next test."""
-    monkeypatch.setitem(blockwise._BLOCK_ENTRIES, 'cpu', 200)
+    monkeypatch.setitem(blockwise._CHUNK_ENTRIES, 'cpu', 200)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -81,7 +81,7 @@ def test_operators_describe_themselves(inverted):
         pytest.skip('PyTorch before 2.4 compiles the loops themselves')
     q, v, grad = (torch.randn(2, 11, 3, 4).transpose(1, 2) for _ in range(3))
     landmarks, matrix = torch.randn(2, 3, 5, 4), torch.eye(5).repeat(2, 3, 1, 1)
-    args = (q, landmarks, v, torch.linalg.cholesky(matrix), inverted, 0.5)
+    args = (q, landmarks, v, torch.linalg.cholesky(matrix), inverted)
     checks = ('test_schema', 'test_faketensor')
     operators = torch.ops.soft_mm
     torch.library.opcheck(operators.blockwise_forward, args, test_utils=checks)

@@ -67,7 +67,7 @@ def test_attention_core_with_gradients(kind, regime):
         for parameter, value in zip(parameters, core_weights(regime)):
             parameter.copy_(value)
     q, v = (fixture[key].double().requires_grad_() for key in ('q', 'v'))
-    out = module.attend(q, v, CORE['grid'])
+    out = module.attend(q * 32**-0.25, v, grid=CORE['grid'])
     # The local branch reads tokens, the heads side by side.
     tokens = v.transpose(1, 2).reshape(1, -1, 64)
     out = out + ops.local_branch(tokens, CORE['grid'], module.local.weight).reshape(1, -1, 2, 32).transpose(1, 2)

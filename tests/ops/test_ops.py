@@ -134,17 +134,18 @@ def fast_attention(q, v, conv, grid, solver, backward, normalized):
     landmarks, _ = ops.conv_landmarks(q, grid, *conv)
     if normalized:
         return ops.normalized_softmax_free_attention(q, landmarks, v, solver=solver)
-    return ops.softmax_free_attention(q, landmarks, v, solver=solver, newton_backward=backward)
+    options = dict(newton_backward=backward) if solver == 'newton' else {}
+    return ops.softmax_free_attention(q, landmarks, v, solver=solver, **options)
 
 
 @pytest.fixture(params=[1, 60, None], ids=['one_token', 'some_tokens', 'default'])
-def block_entries(request, monkeypatch):
-    """Entries of P in a block: a token at a time, an uneven number of tokens, and all of these small cases."""
+def chunk_entries(request, monkeypatch):
+    """Entries of P in a chunk: one token, an uneven number of tokens, and all tokens of these small cases."""
     if request.param:
-        monkeypatch.setitem(blockwise._BLOCK_ENTRIES, 'cpu', request.param)
+        monkeypatch.setitem(blockwise._CHUNK_ENTRIES, 'cpu', request.param)
 
 
-@pytest.mark.usefixtures('block_entries')
+@pytest.mark.usefixtures('chunk_entries')
 @pytest.mark.parametrize('spread', [0.6, 1.5], ids=['flat', 'sharp'])
 @pytest.mark.parametrize('normalized', [False, True], ids=['plain', 'normalized'])
 @pytest.mark.parametrize('solver', ['newton', 'cholesky'])
@@ -188,8 +189,8 @@ def test_attention_in_float32_is_near_float64(solver, normalized):
 
 
 # A token at a time takes long here, and its gradients are compared above.
-@pytest.mark.parametrize('block_entries', [60, None], ids=['some_tokens', 'default'], indirect=True)
-@pytest.mark.usefixtures('block_entries')
+@pytest.mark.parametrize('chunk_entries', [60, None], ids=['some_tokens', 'default'], indirect=True)
+@pytest.mark.usefixtures('chunk_entries')
 @pytest.mark.parametrize('normalized', [False, True], ids=['plain', 'normalized'])
 @pytest.mark.parametrize('solver', ['newton', 'cholesky'])
 def test_gradcheck(solver, normalized):
@@ -333,16 +334,16 @@ def test_pooled_grid_is_within_its_bounds(grid, bound):
 def test_pool_landmarks(grid, bound):
     generator = torch.Generator().manual_seed(0)
     landmarks = torch.randn(2, 2, grid[0] * grid[1], D, generator=generator, dtype=torch.float64).requires_grad_()
-    pooled, merged = ops.pool_landmarks(landmarks, grid, bound)
+    pooled, pool_factor = ops.pool_landmarks(landmarks, grid, bound)
     out_grid = ops.pooled_grid(grid, bound)
-    assert merged == grid[0] * grid[1] / (out_grid[0] * out_grid[1])
+    assert pool_factor == grid[0] * grid[1] / (out_grid[0] * out_grid[1])
     assert_same(pooled, reference.pool_landmarks(landmarks, grid, out_grid), [landmarks], 1e-12)
 
 
 def test_pooling_within_the_bound_is_the_identity():
     landmarks = torch.randn(2, 2, 12, D)
-    pooled, merged = ops.pool_landmarks(landmarks, (3, 4), 12)
-    assert pooled is landmarks and merged == 1
+    pooled, pool_factor = ops.pool_landmarks(landmarks, (3, 4), 12)
+    assert pooled is landmarks and pool_factor == 1
 
 
 @pytest.mark.parametrize('normalized', [False, True], ids=['plain', 'normalized'])
@@ -352,12 +353,12 @@ def test_bounding_repeated_landmarks_changes_nothing(normalized):
     few = torch.randn(2, 2, 2, 3, D, generator=generator, dtype=torch.float64)
     many = few.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).reshape(2, 2, -1, D)
     q, v = (torch.randn(2, 2, 20, D, generator=generator, dtype=torch.float64) for _ in range(2))
-    pooled, merged = ops.pool_landmarks(many, (4, 6), 6)
+    pooled, pool_factor = ops.pool_landmarks(many, (4, 6), 6)
     torch.testing.assert_close(pooled, few.reshape(2, 2, 6, D))
-    assert merged == 4
+    assert pool_factor == 4
     if normalized:
         unbounded = ops.normalized_softmax_free_attention(q, many, v, 'cholesky', ridge=0.04)
-        bounded = ops.normalized_softmax_free_attention(q, pooled, v, 'cholesky', ridge=0.01, degree_scale=merged)
+        bounded = ops.normalized_softmax_free_attention(q, pooled, v, 'cholesky', ridge=0.01, degree_scale=pool_factor)
     else:
         unbounded = ops.softmax_free_attention(q, many, v, 'cholesky', ridge=0.04)
         bounded = ops.softmax_free_attention(q, pooled, v, 'cholesky', ridge=0.01)
@@ -381,7 +382,7 @@ def test_local_branch(grid, size, dtype):
     [
         (dict(solver='svd2'), r"solver='svd2' is unknown; choose one of \('newton', 'cholesky', 'svd'\)"),
         (dict(newton_backward='two_step'), r"newton_backward='two_step' is unknown"),
-        (dict(newton_iterations=0), 'newton_iterations=0 must be a whole number from 1 up'),
+        (dict(newton_iterations=0), 'newton_iterations=0: expected an integer >= 1'),
     ],
 )
 def test_unknown_options_are_named(options, message):

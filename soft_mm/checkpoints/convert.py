@@ -1,0 +1,217 @@
+"""Conversion of the authors' checkpoints. The only module of this package that knows models."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from soft_mm.models import SOFT
+from soft_mm.utils import atomic_path
+from soft_mm.version import __version__
+
+from .matching import compare_state_dicts
+from .official import from_official
+from .reading import import_safetensors
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted checkpoint of the authors.
+
+    Attributes:
+        state_dict: Weights with our keys: ``backbone.*`` and, unless left out, ``head.fc.*``.
+        arch: A key of :attr:`SOFT.arch_zoo`, or a dict with ``embed_dims``, ``num_heads``, ``depths``, ``ratios`` and
+            ``conv_sizes``.
+        normalized: Whether the attention is normalised. None if the file does not say.
+        num_classes: Classes of the classifier, or None without a classifier.
+        grids: Grids of the position embeddings, one per stage.
+        weights: Where the weights were found: ``'state_dict_ema'``, ``'state_dict'``, ``'model'`` or ``'bare'``.
+        dropped: The authors' keys that were left out on request.
+        num_source: Number of keys of the source weights.
+        unused: Other entries of the file: other weights, the optimizer's state, settings.
+    """
+
+    state_dict: dict
+    arch: object
+    normalized: object
+    num_classes: object
+    grids: tuple
+    weights: str
+    dropped: tuple
+    num_source: int
+    unused: tuple
+
+
+def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
+    """Convert a checkpoint of the authors.
+
+    Args:
+        checkpoint (dict): Output of :func:`~soft_mm.checkpoints.read_checkpoint`: a bare state dict, or a dict with a
+            state dict under ``state_dict_ema``, ``state_dict`` or ``model``. Keys may have the prefix
+            ``module.``. An ``argparse.Namespace`` under ``args`` names the model.
+        weights (str | None): ``'ema'`` for averaged weights, ``'raw'`` for those of the last step, or None for the
+            averaged weights if there are any. Defaults to None.
+        backbone_only (bool): Leave the classifier out. Defaults to False.
+
+    Returns:
+        Conversion: Every key of the source is converted or listed in ``dropped``. Every parameter of the model is set.
+
+    Raises:
+        ValueError: If the requested weights are missing, or are not those of a SOFT model of the authors.
+    """
+    source, name = _find_weights(checkpoint, weights)
+    official = {key.removeprefix('module.'): value for key, value in source.items()}
+    if not any(key.startswith('block1.') for key in official):
+        raise ValueError(
+            f'not a SOFT model of the authors: it has no keys block1.*, its first keys are {sorted(official)[:4]}'
+        )
+    dropped = tuple(key for key in official if backbone_only and key.startswith('head.'))
+    ours = from_official({key: value for key, value in official.items() if key not in dropped})
+    arch, grids = _read_arch(ours)
+    num_classes = _read_classes(ours)
+    with torch.device('meta'):
+        backbone = SOFT(arch, out_type='cls_token')
+    target = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
+    diff = compare_state_dicts({key: value for key, value in ours.items() if not key.startswith('head.fc.')}, target)
+    if diff.missing or diff.unexpected or diff.misshapen:
+        raise ValueError(f'the weights do not form a SOFT model: {diff}')
+    known = {_arch_key(facts): known for known, facts in SOFT.arch_zoo.items()}
+    named = known.get(_arch_key(arch)) if _usual(arch) else None
+    unused = () if name == 'bare' else tuple(str(key) for key in checkpoint if key != name)
+    normalized = _read_normalized(checkpoint)
+    return Conversion(ours, named or arch, normalized, num_classes, grids, name, dropped, len(source), unused)
+
+
+def _find_weights(checkpoint, weights):
+    if weights not in (None, 'ema', 'raw'):
+        raise ValueError(f"weights={weights!r} is unknown; choose 'ema' or 'raw'")
+    places = [key for key in ('state_dict_ema', 'state_dict', 'model') if isinstance(checkpoint.get(key), dict)]
+    if weights == 'ema' and 'state_dict_ema' not in places:
+        raise ValueError(f'no averaged weights (state_dict_ema) in this file, only {places or "a bare state dict"}')
+    if weights == 'raw':
+        places = [key for key in places if key != 'state_dict_ema'] or places
+        if places == ['state_dict_ema']:
+            raise ValueError('only averaged weights (state_dict_ema) in this file')
+    source, name = (checkpoint[places[0]], places[0]) if places else (checkpoint, 'bare')
+    non_tensors = [
+        key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+    ]
+    if non_tensors or not source:
+        raise ValueError(f'not a SOFT checkpoint: {name} holds no tensors under the keys {non_tensors[:4]}')
+    return source, name
+
+
+def _read_arch(ours):
+    """Read the architecture and the grids from the keys and shapes."""
+    dims, depths, heads, ratios, sizes, grids = [], [], [], [], [], []
+    for stage in range(4):
+        prefix = f'backbone.stages.{stage}.'
+        position = ours.get(f'{prefix}pos_embed')
+        blocks = [int(key.split('.')[4]) for key in ours if key.startswith(f'{prefix}blocks.')]
+        if position is None or not blocks:
+            raise ValueError(f'stage {stage + 1} is missing: no position embeddings or no blocks')
+        dims.append(position.shape[1])
+        depths.append(max(blocks) + 1)
+        grids.append(tuple(position.shape[-2:]))
+        if stage < 3:
+            local = ours.get(f'{prefix}blocks.0.attn.local.weight')
+            landmark = ours.get(f'{prefix}blocks.0.attn.landmark.weight')
+            if local is None or landmark is None:
+                raise ValueError(f'stage {stage + 1} has no softmax-free attention')
+            if local.ndim != 4 or landmark.ndim != 4:
+                shapes = f'{tuple(local.shape)} and {tuple(landmark.shape)}'
+                raise ValueError(f'stage {stage + 1}: filters of the shapes {shapes}: expected four dimensions')
+            heads.append(local.shape[0])
+            sizes.append(local.shape[-1])
+            ratios.append(landmark.shape[-1])
+    # The shapes of stage 4 do not show its heads. They have the width of the other heads.
+    heads.append(max(dims[3] * heads[0] // dims[0], 1))
+    arch = dict(embed_dims=dims, num_heads=heads, depths=depths, ratios=[*ratios, 1], conv_sizes=sizes)
+    return {key: tuple(value) for key, value in arch.items()}, tuple(grids)
+
+
+def _arch_key(arch):
+    return tuple(tuple(arch[key]) for key in ('embed_dims', 'num_heads', 'depths'))
+
+
+def _usual(arch):
+    return arch['ratios'] == (8, 4, 2, 1) and arch['conv_sizes'] == (9, 5, 3)
+
+
+def _read_classes(ours):
+    weight, bias = ours.get('head.fc.weight'), ours.get('head.fc.bias')
+    if weight is None and bias is None:
+        return None
+    if weight is None or bias is None or weight.ndim != 2 or len(weight) != len(bias):
+        shapes = [None if value is None else tuple(value.shape) for value in (weight, bias)]
+        raise ValueError(f'the classifier has no clear number of classes: weight {shapes[0]}, bias {shapes[1]}')
+    return len(weight)
+
+
+def _read_normalized(checkpoint):
+    name = getattr(checkpoint.get('args'), 'model', None)
+    match = (
+        re.fullmatch(r'soft_(norm_)?(tiny|small|medium|large|huge)', name.lower()) if isinstance(name, str) else None
+    )
+    return bool(match[1]) if match else None
+
+
+def save_conversion(conversion, path, normalized, source):
+    """Write a conversion atomically (temporary file, then rename).
+
+    Args:
+        conversion (Conversion): Conversion to write.
+        path (Path): File. ``.pth`` holds a dict with ``meta`` and ``state_dict``, ``.safetensors`` the weights with the
+            metadata as strings.
+        normalized (bool): Whether the attention is normalised, for the metadata.
+        source (str): Name of the authors' file, for the metadata.
+
+    Raises:
+        ValueError: If safetensors is needed and not installed.
+        OSError: If the file cannot be written.
+    """
+    meta = dict(arch=conversion.arch, normalized=normalized, num_classes=conversion.num_classes, source=source)
+    meta |= dict(weights=conversion.weights, soft_mm_version=__version__)
+    with atomic_path(path) as temporary:
+        if path.suffix == '.safetensors':
+            tensors = {key: value.contiguous().clone() for key, value in conversion.state_dict.items()}
+            metadata = {key: str(value) for key, value in meta.items()}
+            import_safetensors(path).torch.save_file(tensors, temporary, metadata)
+        else:
+            torch.save(dict(meta=meta, state_dict=conversion.state_dict), temporary)
+
+
+def config_of(conversion, path, normalized):
+    """Return the text of a config that loads a conversion: a classifier, or only a backbone if there is no classifier.
+
+    Args:
+        conversion (Conversion): Conversion that was written.
+        path (Path): Its file.
+        normalized (bool): Whether the attention is normalised.
+
+    Returns:
+        str: Python source.
+    """
+    named = isinstance(conversion.arch, str)
+    arch = conversion.arch if named else 'small'
+    batch = '8xb128' if arch in ('tiny', 'small') else '8xb32'
+    base = f'configs/imagenet/soft-{arch}{"-norm" * normalized}_{batch}_in1k.py'
+    backbone, model = [], []
+    if not named:
+        facts = ', '.join(f'{key}={value}' for key, value in conversion.arch.items())
+        backbone.append(f'arch=dict(_delete_=True, {facts})')
+    if conversion.grids[0] != (56, 56):
+        backbone.append(f'img_size={tuple(4 * side for side in conversion.grids[0])}')
+    if conversion.num_classes is None or path.suffix == '.safetensors':
+        # mmengine's runner cannot read safetensors, and a backbone is not a whole model.
+        backbone.append(f"init_cfg=dict(type='Pretrained', checkpoint={str(path)!r}, prefix='backbone.')")
+    if backbone:
+        model.append(f'backbone=dict({", ".join(backbone)})')
+    if conversion.num_classes not in (None, 1000):
+        model.append(f'head=dict(num_classes={conversion.num_classes})')
+    lines = [f'_base_ = {base!r}']
+    if model:
+        lines.append(f'model = dict({", ".join(model)})')
+    if conversion.num_classes is not None and path.suffix != '.safetensors':
+        lines.append(f'load_from = {str(path)!r}')
+    return '\n'.join(lines)

@@ -1,0 +1,161 @@
+"""Whether a checkpoint fits a model."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StateDictDiff:
+    """Differences between a state dict and the state dict that a model expects.
+
+    Attributes:
+        missing: Keys that only the model has.
+        unexpected: Keys that only the checkpoint has.
+        misshapen: Texts ``'key found_shape for expected_shape'`` of keys with another shape.
+        resized: Keys of position embeddings that have the same channels on another grid. They fit after resizing.
+    """
+
+    missing: list
+    unexpected: list
+    misshapen: list
+    resized: list
+
+    def __str__(self):
+        return (
+            f'{len(self.missing)} missing {self.missing[:4]}, {len(self.unexpected)} unexpected {self.unexpected[:4]}, '
+            f'{len(self.misshapen)} of another shape {self.misshapen[:4]}'
+        )
+
+
+def compare_state_dicts(found, expected):
+    """Compare the keys and shapes of two state dicts.
+
+    Args:
+        found (dict[str, Tensor]): State dict of a checkpoint.
+        expected (dict[str, Tensor]): State dict of a model.
+
+    Returns:
+        StateDictDiff: The differences.
+    """
+    common = [key for key in expected if key in found and found[key].shape != expected[key].shape]
+    resized = [key for key in common if key.endswith('.pos_embed') and _same_channels(found[key], expected[key])]
+    return StateDictDiff(
+        missing=[key for key in expected if key not in found],
+        unexpected=[key for key in found if key not in expected],
+        misshapen=[
+            f'{key} {tuple(found[key].shape)} for {tuple(expected[key].shape)}' for key in common if key not in resized
+        ],
+        resized=resized,
+    )
+
+
+def _same_channels(found, expected):
+    return found.ndim == expected.ndim == 4 and found.shape[:2] == expected.shape[:2]
+
+
+def check_whole_model(found, expected, path):
+    """Check that a checkpoint has every weight of a model. Toolboxes leave missing weights at their initial values.
+
+    Args:
+        found (dict[str, Tensor]): State dict of the checkpoint.
+        expected (dict[str, Tensor]): State dict of the model.
+        path (str): File of the checkpoint, for the message.
+
+    Raises:
+        ValueError: If weights are missing or have another shape. Position embeddings may have another grid.
+    """
+    diff = compare_state_dicts(found, expected)
+    if diff.missing or diff.misshapen:
+        raise ValueError(
+            f'{path} does not fit the model of this config. Of {len(expected)} weights: {diff}. Give the config that '
+            'the checkpoint was trained with'
+        )
+
+
+@dataclass(frozen=True)
+class BackboneFit:
+    """Weights of a checkpoint for a backbone.
+
+    Attributes:
+        weights: State dict with the keys of the backbone.
+        resized: Keys of position embeddings that must be resized.
+        report: One line that accounts for every key of the checkpoint.
+    """
+
+    weights: dict
+    resized: list
+    report: str
+
+
+def match_backbone(state_dict, expected, prefix, path):
+    """Find the weights of a backbone in a checkpoint.
+
+    Args:
+        state_dict (dict[str, Tensor]): State dict of the checkpoint.
+        expected (dict[str, Tensor]): State dict of the backbone. Stages that ``out_indices`` does not need are not in
+            it.
+        prefix (str): Prefix of the backbone's keys in the checkpoint, such as ``'backbone.'``.
+        path (str): File of the checkpoint, for messages.
+
+    Returns:
+        BackboneFit: The weights.
+
+    Raises:
+        ValueError: If a key is missing or unexpected, or has another shape (position embeddings on another grid are
+            allowed), or if the checkpoint has the authors' names.
+    """
+    if prefix and not prefix.endswith('.'):
+        prefix += '.'
+    if any(key.removeprefix('module.').startswith('block1.') for key in state_dict):
+        raise ValueError(
+            f"{path} has the names of the authors' code: convert it by `python tools/convert_checkpoint.py {path} "
+            'converted.pth`'
+        )
+    found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    stages = {key.split('.')[1] for key in expected if key.startswith('stages.')}
+    unused = [key for key in found if key.startswith('stages.') and key.split('.')[1] not in stages]
+    used = {key: value for key, value in found.items() if key not in unused}
+    diff = compare_state_dicts(used, expected)
+    if diff.missing or diff.unexpected or diff.misshapen:
+        hint = ''
+        if len(diff.missing) == len(expected):
+            prefixes = sorted({key.split('.')[0] for key in state_dict})
+            hint = f'. The checkpoint has keys under {prefixes}: set `prefix` in init_cfg'
+        raise ValueError(
+            f'the checkpoint {path} ({describe_backbone(found)}) does not fit this SOFT backbone '
+            f'({describe_backbone(expected)}), prefix {prefix!r}: {diff}{hint}'
+        )
+    report = [f'SOFT: all {len(expected)} backbone keys loaded from {path}']
+    if diff.resized:
+        grids = (f'{key} from {_grid(used[key])} to {_grid(expected[key])}' for key in diff.resized)
+        report.append(f'resized: {", ".join(grids)}')
+    if unused:
+        report.append(f'unused: {len(unused)} keys of stages that out_indices does not need')
+    if others := sorted({key.split('.')[0] for key in state_dict if not key.startswith(prefix)}):
+        report.append(f'not of the backbone: keys under {others}')
+    return BackboneFit({key: used[key] for key in expected}, diff.resized, '; '.join(report))
+
+
+def _grid(pos_embed):
+    return tuple(pos_embed.shape[-2:])
+
+
+def describe_backbone(state_dict):
+    """Describe the depths and widths of a backbone from its state dict.
+
+    Args:
+        state_dict (dict[str, Tensor]): State dict with keys ``stages.*``.
+
+    Returns:
+        str: Such as ``'depths 1, 2, widths 64, 128'``, or ``'no SOFT backbone'``.
+    """
+    blocks = [re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', key) for key in state_dict]
+    depths = {}
+    for match in filter(None, blocks):
+        stage, block = int(match[1]), int(match[2])
+        depths[stage] = max(depths.get(stage, 0), block + 1)
+    if not depths:
+        return 'no SOFT backbone'
+    keys = [f'stages.{stage}.pos_embed' for stage in sorted(depths)]
+    widths = [str(state_dict[key].shape[1]) if key in state_dict else '?' for key in keys]
+    return f'depths {", ".join(str(depths[k]) for k in sorted(depths))}, widths {", ".join(widths)}'

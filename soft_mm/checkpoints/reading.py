@@ -1,0 +1,204 @@
+"""Reading of checkpoint files and addresses. Nothing that a file holds is run.
+
+Every file is read by ``torch.load(weights_only=True)``. A file of mmengine's runner holds more than tensors: log
+histories, settings, NumPy arrays. They are named here one by one, and PyTorch builds an empty placeholder for each. A
+file with any other object is refused.
+"""
+
+import argparse
+import codecs
+import contextlib
+import hashlib
+import pickle
+import re
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+
+
+def is_address(source):
+    """Return whether a checkpoint is named by an address, such as ``'https://...'``, and not by a file."""
+    return '://' in str(source)
+
+
+def local_file(source):
+    """Return the file of a checkpoint. A checkpoint at an address is downloaded first.
+
+    Downloads are kept in ``checkpoints`` of PyTorch's hub folder, one folder per address, and used again.
+
+    Args:
+        source (str | Path): File, or http or https address.
+
+    Returns:
+        str: File.
+
+    Raises:
+        ValueError: If the address has another scheme, or cannot be downloaded.
+    """
+    source = str(source)
+    if not is_address(source):
+        return source
+    address = urlparse(source)
+    if address.scheme not in ('http', 'https'):
+        raise ValueError(f'{source}: expected a file, or an http or https address; download the file, give its path')
+    folder = Path(torch.hub.get_dir(), 'checkpoints', hashlib.sha256(source.encode()).hexdigest()[:16])
+    file = folder / (Path(address.path).name or 'checkpoint.pth')
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(source, str(file), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise ValueError(f'{source} cannot be downloaded: {error}') from None
+    return str(file)
+
+
+def read_checkpoint(path):
+    """Read a checkpoint of the authors. It may hold tensors, containers and an ``argparse.Namespace``.
+
+    Args:
+        path (str | Path): File of PyTorch, or of safetensors if its name ends in ``.safetensors``.
+
+    Returns:
+        dict: Content of the file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is no checkpoint, is cut off, holds other objects, or if safetensors is not installed.
+    """
+    return _read(path, [argparse.Namespace])
+
+
+def load_weights(source):
+    """Read the checkpoint that a backbone or a model starts from.
+
+    Args:
+        source (str | Path): File of PyTorch, of mmengine's runner or of safetensors, or an http or https address.
+
+    Returns:
+        dict: Content of the file. Objects that are neither tensors nor containers are empty placeholders.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: As in :func:`read_checkpoint` and :func:`local_file`.
+    """
+    return _read(local_file(source), _PLACEHOLDERS)
+
+
+def import_safetensors(path):
+    """Import and return the package ``safetensors``, which is needed to read or write ``path``.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ValueError(f'{path} needs the package safetensors: pip install safetensors') from None
+    return safetensors
+
+
+def _read(path, safe_globals):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} does not exist')
+    with path.open('rb') as file:
+        start = file.read(512).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if start.startswith((b'<!', b'<html', b'<?xml')):
+        raise ValueError(f'{path} is a web page, not a checkpoint: download the file itself')
+    if path.suffix == '.safetensors':
+        safetensors = import_safetensors(path)
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ValueError(f'{path} cannot be read as safetensors, it may be cut off: {error}') from None
+    try:
+        with _admit(safe_globals):
+            loaded = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        # The bytes of other files raise exceptions of many types in the unpickler.
+        if match := re.search(r'GLOBAL [\w.]+|unrecognized function', str(error), re.I):
+            raise ValueError(
+                f'{path} is refused: it holds an object that may run code when it is read ({match[0]}). Allowed are '
+                'tensors, containers, settings and log histories'
+            ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f'{path} is not a checkpoint of PyTorch, or is cut off ({reason})') from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f'{path} holds a {type(loaded).__name__}: expected a dict of weights')
+    return loaded
+
+
+@contextlib.contextmanager
+def _admit(classes):
+    serialization = torch.serialization
+    if hasattr(serialization, 'safe_globals'):
+        with serialization.safe_globals(classes):
+            yield
+    elif hasattr(serialization, 'add_safe_globals'):  # PyTorch 2.4
+        before = serialization.get_safe_globals()
+        serialization.add_safe_globals(classes)
+        try:
+            yield
+        finally:
+            serialization.clear_safe_globals()
+            serialization.add_safe_globals(before)
+    else:
+        # Before PyTorch 2.4 only tensors and containers are read.
+        yield
+
+
+class _Placeholder:
+    """Takes the place of an object that is not needed, and keeps nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def _placeholder(full_name, base=_Placeholder):
+    # A class with the name of another. PyTorch 2.4 admits classes by their own name, not by pairs of class and name.
+    module, _, name = full_name.rpartition('.')
+    return type(name, (base,), dict(__module__=module, __qualname__=name))
+
+
+_HISTORY = _placeholder('mmengine.logging.history_buffer.HistoryBuffer')
+
+
+class _Attribute(_Placeholder):
+    """Takes the place of ``getattr(HistoryBuffer, 'mean')`` and the like, which mmengine pickles."""
+
+    def __init__(self, owner, name):
+        # Attributes of other objects might lead to code.
+        if owner is not _HISTORY or name.startswith('_'):
+            raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name}')
+
+
+# Pickles of protocol 2 say `__builtin__`, which PyTorch translates from 2.5 on.
+_PLACEHOLDERS = [
+    _HISTORY,
+    *(_placeholder(f'{module}.getattr', _Attribute) for module in ('builtins', '__builtin__')),
+    *(
+        _placeholder(name)
+        for name in (
+            'argparse.Namespace',
+            '_codecs.encode',
+            'mmengine.config.config.ConfigDict',
+            'numpy.ndarray',
+            'numpy.dtype',
+            *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('_reconstruct', 'scalar')),
+            *(f'collections.{name}' for name in ('Counter', 'defaultdict', 'deque')),
+            *(
+                f'{module}.{name}'
+                for module in ('builtins', '__builtin__')
+                for name in ('set', 'frozenset', 'slice', 'complex')
+            ),
+        )
+    ),
+]

@@ -1,0 +1,194 @@
+"""Parameters and multiply-adds of a model, including attention products and the direct solve."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from soft_mm.utils import build_model, read_config, toolbox_scope
+
+_aten = torch.ops.aten
+
+
+def _cholesky_flops(shape, *args, out_shape=None, **kwargs):
+    return torch.Size(shape[:-2]).numel() * shape[-1] ** 3 // 3
+
+
+def _cholesky_solve_flops(right_shape, factor_shape, *args, out_shape=None, **kwargs):
+    # Forward and backward substitution, m^2 / 2 multiply-adds per column each.
+    return 2 * torch.Size(right_shape).numel() * factor_shape[-1]
+
+
+def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+# Operators that PyTorch's counter does not know.
+_MORE_FORMULAE = {
+    _aten.linalg_cholesky_ex: _cholesky_flops,
+    _aten.cholesky_solve: _cholesky_solve_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cost of a part of a model.
+
+    Attributes:
+        name: Name of the module in the model, ``''`` for the whole model.
+        parameters: Number of parameters. Shared parameters count once.
+        multiply_adds: Multiply-adds of one forward.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
+
+
+def flop_counter():
+    """Return PyTorch's flop counter with formulae for the direct solve and for fused attention on a CPU."""
+    return FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAE)
+
+
+def count_multiply_adds(run):
+    """Count the multiply-adds of ``run()``: half of the floating point operations of its products and convolutions.
+
+    Args:
+        run (Callable[[], object]): A forward.
+
+    Returns:
+        int: Multiply-adds.
+    """
+    counter = flop_counter()
+    with counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def parts_of(model, prefix=''):
+    """List the modules of the table: the children of the model, of its backbone, and of module lists.
+
+    Args:
+        model (nn.Module): A model or a backbone.
+        prefix (str): Prefix of every name. Defaults to ''.
+
+    Returns:
+        list[str]: Names.
+    """
+    names = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            names += [f'{prefix}{name}.{index}' for index in range(len(child))]
+        elif name == 'backbone':
+            names += parts_of(child, f'{prefix}{name}.')
+        elif next(child.parameters(), None) is not None:
+            names.append(prefix + name)
+    return names
+
+
+def model_complexity(model, run):
+    """Count a model and its parts.
+
+    Args:
+        model (nn.Module): The model.
+        run (Callable[[], object]): One forward of the model.
+
+    Returns:
+        list[Part]: Parts in the order of the model, then the whole model. Operations outside all parts, such as the
+        model's own position embeddings, count for the whole model only.
+    """
+    counter = flop_counter()
+    with torch.no_grad(), counter:
+        run()
+    root = type(model).__name__
+    counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+
+    def flops(name):
+        # A part whose own method is called instead of the part: only its children are counted.
+        if f'{root}.{name}' in counts:
+            return counts[f'{root}.{name}']
+        return sum(flops(f'{name}.{child}') for child, _ in model.get_submodule(name).named_children())
+
+    parts = [Part(name, _count_parameters(model.get_submodule(name)), flops(name) // 2) for name in parts_of(model)]
+    return [*parts, Part('', _count_parameters(model), counter.get_total_flops() // 2)]
+
+
+def _count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def encodes_sequences(backbone):
+    """Return whether the config of a backbone belongs to a sequence encoder, which takes token ids."""
+    return 'vocab_size' in backbone
+
+
+def random_input(backbone, size, batch_size=1, device=None):
+    """Draw an input of a backbone: images ``(B, C, H, W)``, or token ids ``(B, n)`` for a sequence encoder.
+
+    Args:
+        backbone (dict): Config of the backbone.
+        size (tuple[int, ...]): ``(H, W)`` in pixels. For a sequence ``(n,)`` or ``(1, n)``.
+        batch_size (int): Images or sequences. Defaults to 1.
+        device (torch.device | str | None): Device. Defaults to None: the CPU.
+
+    Returns:
+        Tensor: The input.
+    """
+    if encodes_sequences(backbone):
+        return torch.randint(1, backbone['vocab_size'], (batch_size, size[-1]), device=device)
+    return torch.rand(batch_size, backbone.get('in_channels', 3), *size, device=device)
+
+
+def config_complexity(config, shape, backbone_only=False):
+    """Count the model of a config for one input.
+
+    Classifiers and segmentors are counted on tensors without data. Detectors select proposals by their values, and some
+    heads use kernels of mmcv, so these are computed.
+
+    Args:
+        config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.
+        shape (tuple[int, ...]): ``(H, W)`` of the image in pixels. For a sequence ``(n,)`` or ``(1, n)``.
+        backbone_only (bool): Count the backbone alone. Defaults to False.
+
+    Returns:
+        list[Part]: See :func:`model_complexity`.
+
+    Raises:
+        FileNotFoundError: If the config does not exist.
+        ValueError: If the config has no model (or backbone, if requested), or the shape is not that of a sequence.
+    """
+    cfg = read_config(config)
+    if 'model' not in cfg or (backbone_only and 'backbone' not in cfg.model):
+        raise ValueError(f'{config} has no `model`{".backbone" * backbone_only}; give the config of a whole model')
+    backbone = cfg.model.get('backbone', {})
+    if encodes_sequences(backbone) and math.prod(shape[:-1]) != 1:
+        raise ValueError(
+            f'{config} encodes sequences: shape={tuple(shape)}: expected 1 and the number of tokens (--shape 1 N)'
+        )
+    # The proposals of a detector depend on the weights, so the weights are seeded.
+    with toolbox_scope(cfg) as scope, torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        # The counter fails on parameters that require a gradient and are passed to a module.
+        model = build_model(cfg, backbone_only).eval().requires_grad_(False)
+        image = random_input(backbone, shape)
+        if scope == 'mmdet' and not backbone_only:
+            from mmdet.structures import DetDataSample
+
+            sizes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), tuple(shape))
+            samples = [DetDataSample(metainfo=dict(sizes, scale_factor=(1.0, 1.0)))]
+            return model_complexity(model, lambda: model(image, samples, mode='tensor'))
+        if scope == 'mmseg' and not backbone_only:
+            # Some heads have a forward for prediction only.
+            metas = [dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), tuple(shape))]
+            model.forward = functools.partial(model.encode_decode, batch_img_metas=metas)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                return model_complexity(model, lambda: model(image))
+        except RuntimeError:
+            # Kernels of mmcv need tensors with data.
+            return model_complexity(model, lambda: model(image))

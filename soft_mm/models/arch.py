@@ -1,0 +1,132 @@
+"""Architectures of SOFT, and checks of the arguments of the backbone. Each check returns the value in one form."""
+
+from soft_mm.ops.checks import check_choice, check_integer
+
+NUM_STAGES = 4
+MIN_SIDE = 32
+OUT_TYPES = ('featmap', 'cls_token')
+# Entries per key of an arch dict. Stage 4 has no local branch.
+_LENGTHS = dict(embed_dims=4, num_heads=4, depths=4, ratios=4, conv_sizes=3)
+_REQUIRED = ('embed_dims', 'num_heads', 'depths')
+
+#: The architectures of the papers, with ratios 8, 4, 2, 1 and filters of 9, 5, 3.
+ARCH_ZOO = dict(
+    tiny=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 2, 3, 2)),
+    small=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 3, 7, 4)),
+    medium=dict(embed_dims=(64, 128, 288, 512), num_heads=(2, 4, 9, 16), depths=(1, 3, 29, 5)),
+    large=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 3, 40, 5)),
+    huge=dict(embed_dims=(64, 128, 352, 512), num_heads=(2, 4, 11, 16), depths=(1, 5, 49, 5)),
+)
+
+
+def parse_arch(arch):
+    """Return an architecture as a dict of tuples, with the defaults of missing keys.
+
+    Args:
+        arch (str | dict): A key of :data:`ARCH_ZOO`, or a dict with its keys.
+
+    Returns:
+        dict[str, tuple[int, ...]]: ``embed_dims``, ``num_heads``, ``depths``, ``ratios``, ``conv_sizes``.
+
+    Raises:
+        ValueError: If the name or a key is unknown, a key is missing, or a value is out of its range.
+    """
+    if isinstance(arch, str):
+        if arch not in ARCH_ZOO:
+            raise ValueError(
+                f'arch={arch!r} is unknown; choose one of {list(ARCH_ZOO)} or give a dict with {list(_REQUIRED)}'
+            )
+        arch = ARCH_ZOO[arch]
+    if not isinstance(arch, dict):
+        raise ValueError(f'arch={arch!r}: expected one of {list(ARCH_ZOO)} or a dict')
+    missing = [key for key in _REQUIRED if key not in arch]
+    unknown = [key for key in arch if key not in _LENGTHS]
+    if missing or unknown:
+        raise ValueError(
+            f'arch dict: missing keys {missing}, unknown keys {unknown}; {list(_REQUIRED)} are required, '
+            "['ratios', 'conv_sizes'] are allowed"
+        )
+    arch = dict(dict(ratios=(8, 4, 2, 1), conv_sizes=(9, 5, 3)), **arch)
+    for key, length in _LENGTHS.items():
+        values = arch[key]
+        if not isinstance(values, (list, tuple)) or len(values) != length:
+            raise ValueError(f'arch dict: {key}={values!r}: expected {length} integers')
+        for value in values:
+            check_integer(f'arch dict: {key}', value)
+        arch[key] = tuple(values)
+    for dims, heads in zip(arch['embed_dims'], arch['num_heads']):
+        if dims % heads:
+            raise ValueError(
+                f'arch dict: embed_dims={arch["embed_dims"]}, num_heads={arch["num_heads"]}: expected each width to be '
+                f'a multiple of its heads, got {dims} and {heads}'
+            )
+    if arch['ratios'][-1] != 1:
+        raise ValueError(
+            f'arch dict: ratios={arch["ratios"]}: expected 1 as the last, because stage 4 has no landmarks'
+        )
+    if any(size % 2 == 0 for size in arch['conv_sizes']):
+        raise ValueError(f'arch dict: conv_sizes={arch["conv_sizes"]}: expected odd integers')
+    return arch
+
+
+def parse_attention(attention):
+    """Return one attention config per stage with softmax-free blocks.
+
+    Args:
+        attention (dict | list[dict] | None): One config for stages 1 to 3, or three configs.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    attention = {} if attention is None else attention
+    if not isinstance(attention, (list, tuple)):
+        attention = [attention] * (NUM_STAGES - 1)
+    if len(attention) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in attention):
+        raise ValueError(f'attention={attention!r}: expected a dict, or a list of three dicts for stages 1 to 3')
+    return attention
+
+
+def parse_outputs(out_indices, out_type):
+    """Return ``out_indices`` as a tuple, and ``out_type``.
+
+    Raises:
+        ValueError: If a stage does not exist, the stages are not in rising order, ``out_type`` is unknown, or the class
+            token is requested without stage 4.
+    """
+    check_choice('out_type', out_type, OUT_TYPES)
+    given = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else (out_indices,)
+    valid = all(type(index) is int and 0 <= index < NUM_STAGES for index in given)
+    if not given or not valid or list(given) != sorted(set(given)):
+        raise ValueError(
+            f'out_indices={out_indices!r}: expected stages from 0 to {NUM_STAGES - 1}, each once, in rising order'
+        )
+    if out_type == 'cls_token' and given[-1] != NUM_STAGES - 1:
+        raise ValueError(
+            f"out_type='cls_token' needs stage {NUM_STAGES - 1} in out_indices, got out_indices={out_indices!r}"
+        )
+    return given, out_type
+
+
+def parse_img_size(img_size):
+    """Return an image size as ``(height, width)``.
+
+    Raises:
+        ValueError: If it is not one or two integers of at least 32.
+    """
+    sides = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
+    if len(sides) != 2 or any(type(side) is not int or side < MIN_SIDE for side in sides):
+        raise ValueError(f'img_size={img_size!r}: expected an integer or two integers (height, width) >= {MIN_SIDE}')
+    return sides
+
+
+def check_frozen_stages(frozen_stages, num_stages):
+    """Check that ``frozen_stages`` is an integer from -1 to the number of stages.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if type(frozen_stages) is not int or not -1 <= frozen_stages <= num_stages:
+        raise ValueError(
+            f'frozen_stages={frozen_stages!r}: expected -1 (nothing), 0 (patch embedding of stage 1), or the number of '
+            f'stages to freeze, at most {num_stages} with these out_indices'
+        )

@@ -1,0 +1,240 @@
+"""The contract of an attention, and how a stage builds one from its config."""
+
+import inspect
+import math
+
+import torch
+import torch.nn as nn
+from mmengine.model import BaseModule
+
+from soft_mm import ops
+from soft_mm.ops.checks import check_integer
+from soft_mm.registry import MODELS
+
+# The backbone gives these arguments to every attention.
+_SHAPE = ('embed_dims', 'num_heads', 'ratio', 'conv_size')
+
+
+def patch_sides(size, grid_dims):
+    """Return ``(rows, columns)`` of a square patch or filter. A sequence is a map with one row."""
+    return (size, size) if grid_dims == 2 else (1, size)
+
+
+def split_heads(x, num_heads):
+    """Reshape tokens ``(B, n, C)`` to ``(B, h, n, d)``."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x):
+    """Reshape ``(B, h, n, d)`` to tokens ``(B, n, C)``."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class LocalBranch(nn.Conv2d):
+    """Depthwise convolution of the values with one filter per head, see :func:`soft_mm.ops.local_branch`.
+
+    Args:
+        num_heads (int): Heads.
+        conv_size (int): Side of the filters, odd.
+        grid_dims (int): 2 for maps, 1 for sequences.
+    """
+
+    def __init__(self, num_heads, conv_size, grid_dims):
+        rows, columns = patch_sides(conv_size, grid_dims)
+        padding = (rows // 2, columns // 2)
+        super().__init__(num_heads, num_heads, (rows, columns), padding=padding, groups=num_heads, bias=False)
+
+    def forward(self, v, grid):
+        """Convolve values ``(B, n, C)`` on ``grid`` and return ``(B, n, C)``."""
+        return ops.local_branch(v, grid, self.weight)
+
+
+class BaseAttention(BaseModule):
+    """Base of all attentions: project tokens, attend, add the local branch, project the output.
+
+    A subclass defines :meth:`project`, :meth:`attend` and the output projection ``proj``, a linear layer, and may set
+    ``local`` to a :class:`LocalBranch`. The benchmarks and the attention maps use these two methods and :meth:`rows`.
+
+    Args:
+        embed_dims (int): Channels ``C`` of the tokens.
+        num_heads (int): Heads, a divisor of ``embed_dims``.
+        ratio (int): Side of the patch of tokens that becomes one landmark, at least 1.
+        conv_size (int): Side of the filters of the local branch, odd.
+        grid_dims (int): 2 for maps with the grid ``(H, W)``, 1 for sequences with the grid ``(n,)``.
+        init_cfg (dict | None): See mmengine's ``BaseModule``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
+        super().__init__(init_cfg)
+        for name, value in dict(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size).items():
+            check_integer(name, value)
+        if embed_dims % num_heads:
+            raise ValueError(f'embed_dims={embed_dims}: expected a multiple of num_heads={num_heads}')
+        if conv_size % 2 == 0:
+            raise ValueError(f'conv_size={conv_size}: expected an odd integer')
+        if grid_dims not in (1, 2):
+            raise ValueError(f'grid_dims={grid_dims!r}: expected 2 (maps) or 1 (sequences)')
+        self.num_heads = num_heads
+        self.head_dims = embed_dims // num_heads
+        self.grid_dims = grid_dims
+        self.local = None
+
+    def project(self, x, grid):
+        """Project tokens to the inputs of :meth:`attend`.
+
+        Args:
+            x (Tensor): Tokens ``(B, n, C)``.
+            grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``. A sequence has the grid ``(1, n)``.
+
+        Returns:
+            tuple[Tensor, ...]: Queries ``(B, h, n, d)`` first. With a local branch the last is the values
+            ``(B, h, n, d)``.
+        """
+        raise NotImplementedError
+
+    def attend(self, *projected, grid):
+        """Compute the attention from the output of :meth:`project`, without local branch and output projection.
+
+        Returns:
+            Tensor: ``(B, h, n, d)``.
+        """
+        raise NotImplementedError
+
+    def forward(self, x, grid):
+        """Compute the attention.
+
+        Args:
+            x (Tensor): Tokens ``(B, n, C)``.
+            grid (tuple[int, ...]): ``(H, W)``, or ``(n,)`` with ``grid_dims=1``.
+
+        Returns:
+            Tensor: Tokens ``(B, n, C)``.
+
+        Raises:
+            ValueError: If the grid does not fit the tokens or ``grid_dims``.
+        """
+        grid = self.map_grid(grid, x.shape[1])
+        projected = self.project(x, grid)
+        out = merge_heads(self.attend(*projected, grid=grid))
+        if self.local is not None:
+            out = out + self.local(merge_heads(projected[-1]), grid)
+        return self.proj(out)
+
+    def map_grid(self, grid, num_tokens):
+        """Return the grid of a map: ``(1, n)`` for a sequence.
+
+        Raises:
+            ValueError: If the grid has not ``grid_dims`` sides or ``num_tokens`` cells.
+        """
+        if len(grid) != self.grid_dims:
+            raise ValueError(f'grid={tuple(grid)}: expected {self.grid_dims} side(s), because grid_dims is that')
+        if math.prod(grid) != num_tokens:
+            raise ValueError(f'grid={tuple(grid)}: expected as many cells as tokens, {num_tokens}')
+        return tuple(grid) if self.grid_dims == 2 else (1, *grid)
+
+    def rows(self, x, grid, points):
+        """Compute rows of the attention matrix, without the local branch.
+
+        The output is linear in the values, so a row is the gradient of the output with respect to the values. Nothing
+        of size ``n x n`` is formed. This form needs the values as the last output of :meth:`project`.
+
+        Args:
+            x (Tensor): Tokens ``(1, n, C)``.
+            grid (tuple[int, ...]): Their grid.
+            points (list[int]): Indices of the query tokens.
+
+        Returns:
+            Tensor: ``(len(points), h, H, W)``.
+        """
+        grid = self.map_grid(grid, x.shape[1])
+        with torch.no_grad():
+            *others, v = self.project(x, grid)
+        return value_gradients(lambda values: self.attend(*others, values, grid=grid), v, points).unflatten(-1, grid)
+
+
+class SharedQKAttention(BaseAttention):
+    """Attention whose queries are also its keys, so its kernel is symmetric (SOFT, section 3.1)."""
+
+    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+        self.qv = nn.Linear(embed_dims, 2 * embed_dims)
+
+    def project(self, x, grid):
+        """Project tokens ``(B, n, C)`` to queries, scaled by ``d^(-1/4)``, and values, each ``(B, h, n, d)``."""
+        q, v = self.qv(x).chunk(2, dim=-1)
+        return split_heads(q * self.head_dims**-0.25, self.num_heads), split_heads(v, self.num_heads)
+
+
+def value_gradients(attend, v, points):
+    """Compute rows of the matrix that an attention multiplies its values with.
+
+    Args:
+        attend (Callable[[Tensor], Tensor]): Attention as a function of its values ``(1, h, n, d)``.
+        v (Tensor): Values, for their shape, dtype and device.
+        points (list[int]): Indices of the rows.
+
+    Returns:
+        Tensor: ``(len(points), h, n)``.
+    """
+    # All channels have the same weights, so one channel is enough.
+    values = v[..., :1].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        out = attend(values.expand_as(v).contiguous())
+        rows = [torch.autograd.grad(out[0, :, point, 0].sum(), values, retain_graph=True)[0] for point in points]
+    return torch.stack(rows)[:, 0, ..., 0].detach()
+
+
+def _takes_shape(kind):
+    return inspect.isclass(kind) and set(_SHAPE) <= set(inspect.signature(kind).parameters)
+
+
+def _needs_only_shape(kind):
+    try:
+        inspect.signature(kind).bind(**dict.fromkeys(_SHAPE))
+    except TypeError:
+        return False
+    return True
+
+
+def _registered_attentions():
+    registered = {**(MODELS.parent.module_dict if MODELS.parent else {}), **MODELS.module_dict}
+    return sorted(name for name, kind in registered.items() if _takes_shape(kind) and _needs_only_shape(kind))
+
+
+def build_attention(cfg, embed_dims, num_heads, ratio, conv_size, grid=None):
+    """Build the attention of one stage from its config.
+
+    Args:
+        cfg (dict): ``type``, a registered name or a class, and the options of the type. Keys that are left out take
+            the defaults of the type. The default type is ``'SoftmaxFreeAttention'``.
+        embed_dims (int): Channels.
+        num_heads (int): Heads.
+        ratio (int): Side of the patch of a landmark.
+        conv_size (int): Side of the filters of the local branch.
+        grid (tuple[int, ...] | None): Grid for the option ``grid`` of a type that has one and whose config does not
+            set it. Defaults to None: the default of the type.
+
+    Raises:
+        ValueError: If the type is unknown or a value is out of its range.
+        TypeError: If the type does not have a key.
+    """
+    options = dict(cfg)
+    kind = options.pop('type', 'SoftmaxFreeAttention')
+    # A string that is no registered name may still be the import path of a class, or of something else.
+    cls = MODELS.get(kind) if isinstance(kind, str) and kind else kind
+    if not _takes_shape(cls):
+        problem = 'is unknown' if cls is None else f'does not take {list(_SHAPE)}'
+        raise ValueError(f'attention type {kind!r} {problem}; choose one of {_registered_attentions()}')
+    allowed = [name for name in inspect.signature(cls).parameters if name not in _SHAPE]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise TypeError(
+            f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *allowed]}. In a config '
+            'that inherits keys of another type, set `_delete_=True` in the attention'
+        )
+    if 'grid' in allowed and grid is not None:
+        options.setdefault('grid', grid)
+    return cls(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size, **options)

@@ -1,0 +1,290 @@
+"""The attentions that the papers compare with SOFT, under the same contract.
+
+Each type takes ``embed_dims``, ``num_heads``, ``ratio`` and ``conv_size``. Unused arguments are ignored.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from soft_mm import ops
+from soft_mm.ops.checks import check_integer
+from soft_mm.registry import MODELS
+
+from .base import BaseAttention, LocalBranch, SharedQKAttention, patch_sides, split_heads, value_gradients
+
+# -1 outside a backward pass. PyTorch before 2.1 does not have it.
+_backward_pass = getattr(torch._C, '_current_graph_task_id', lambda: -1)
+# At 224x224 pixels, a side of stages 1 to 3 has seven patches.
+_PATCHES = 7
+
+
+class _QKVAttention(BaseAttention):
+    """Attention of separate queries, keys and values."""
+
+    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def project(self, x, grid):
+        """Project tokens ``(B, n, C)`` to queries, keys and values, each ``(B, h, n, d)``."""
+        return tuple(split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+
+
+@MODELS.register_module()
+class SoftmaxAttention(_QKVAttention):
+    """Softmax attention between all tokens with PyTorch's fused kernel (arXiv:1706.03762, section 3.2).
+
+    Args:
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads, a divisor of ``embed_dims``.
+        ratio (int): Unused.
+        conv_size (int): Unused.
+        grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
+        init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
+    """
+
+    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims=2, init_cfg=None):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+
+    def attend(self, q, k, v, grid):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@MODELS.register_module()
+class LinformerAttention(_QKVAttention):
+    """Softmax attention over learned combinations of keys and values (Linformer, arXiv:2006.04768).
+
+    The projection of the tokens is learned on one grid and resized to other grids, see
+    :func:`soft_mm.ops.resize_sequence_projection`.
+
+    Args:
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads. They share the projection of the tokens.
+        ratio (int): Side of the patch of a landmark in SOFT. The default grid has seven patches per side, as stages 1
+            to 3 have at 224x224 pixels.
+        conv_size (int): Unused.
+        proj_tokens (int): Number ``p`` of projected keys and values. Defaults to 49.
+        grid (Sequence[int] | None): Learned grid, ``(H, W)`` or ``(n,)``. The backbone passes the grid of its
+            ``img_size``. Defaults to None.
+        grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
+        init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    def __init__(self, embed_dims, num_heads, ratio, conv_size, proj_tokens=49, grid=None, grid_dims=2, init_cfg=None):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+        check_integer('proj_tokens', proj_tokens)
+        grid = (_PATCHES * ratio,) * grid_dims if grid is None else tuple(grid)
+        if len(grid) != grid_dims or min(grid) < 1:
+            raise ValueError(f'grid={grid!r}: expected {grid_dims} integers >= 1, because grid_dims={grid_dims}')
+        rows, columns = grid if grid_dims == 2 else (1, *grid)
+        for name in ('key_weight', 'value_weight'):
+            weight = nn.Parameter(torch.empty(proj_tokens, rows, columns))
+            nn.init.normal_(weight, std=(rows * columns) ** -0.5)
+            self.register_parameter(name, weight)
+
+    def attend(self, q, k, v, grid):
+        weights = (ops.resize_sequence_projection(weight, grid) for weight in (self.key_weight, self.value_weight))
+        return ops.linformer_attention(q, k, v, *weights)
+
+
+@MODELS.register_module()
+class PerformerAttention(_QKVAttention):
+    """Softmax attention by positive orthogonal random features (FAVOR+; Performer, arXiv:2009.14794).
+
+    Args:
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads. They share the features.
+        ratio (int): Unused.
+        conv_size (int): Unused.
+        num_features (int): Random features. Defaults to 49.
+        seed (int): Seed of the features. Defaults to 0.
+        redraw_interval (int | None): Redraw the features after this many forwards in training. Defaults to None: never.
+        grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
+        init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        embed_dims,
+        num_heads,
+        ratio,
+        conv_size,
+        num_features=49,
+        seed=0,
+        redraw_interval=None,
+        grid_dims=2,
+        init_cfg=None,
+    ):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+        check_integer('num_features', num_features)
+        if redraw_interval is not None:
+            check_integer('redraw_interval', redraw_interval)
+        check_integer('seed', seed, minimum=0)
+        self.redraw_interval = redraw_interval
+        self.forwards = 0
+        generator = torch.Generator().manual_seed(seed)
+        features = ops.orthogonal_features(num_features, embed_dims // num_heads, generator, 'cpu')
+        self.register_buffer('features', features)
+
+    def attend(self, q, k, v, grid):
+        # Checkpointing repeats a forward in the backward pass. It must use the same features.
+        if self.training and self.redraw_interval and _backward_pass() == -1:
+            if self.forwards == self.redraw_interval:
+                self.redraw()
+            self.forwards += 1
+        return ops.performer_attention(q, k, v, self.features)
+
+    def redraw(self):
+        """Redraw the features from PyTorch's global generator."""
+        # A new tensor: a backward pass may still need the old one.
+        drawn = ops.orthogonal_features(*self.features.shape, device=self.features.device)
+        self.features = drawn.to(self.features.dtype)
+        self.forwards = 0
+
+
+@MODELS.register_module()
+class NystromAttention(_QKVAttention):
+    """Nystrom approximation of softmax attention, with a local branch (Nystromformer, arXiv:2102.03902).
+
+    Args:
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads.
+        ratio (int): Unused.
+        conv_size (int): Side of the filters of the local branch, one per head, odd.
+        num_landmarks (int): Landmarks: means of the cells of a grid, or of the segments of a sequence. Defaults to 49.
+        iterations (int): Iterations of the pseudo-inverse. Defaults to 6, as in the paper.
+        grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
+        init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    def __init__(
+        self, embed_dims, num_heads, ratio, conv_size, num_landmarks=49, iterations=6, grid_dims=2, init_cfg=None
+    ):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+        check_integer('num_landmarks', num_landmarks)
+        check_integer('iterations', iterations)
+        self.num_landmarks = num_landmarks
+        self.iterations = iterations
+        self.local = LocalBranch(num_heads, conv_size, grid_dims)
+
+    def attend(self, q, k, v, grid):
+        coarse = ops.pooled_grid(grid, self.num_landmarks)
+        landmarks = (ops.mean_landmarks(tokens, grid, coarse) for tokens in (q, k))
+        return ops.nystrom_attention(q, k, v, *landmarks, self.iterations)
+
+
+@MODELS.register_module()
+class SpatialReductionAttention(BaseAttention):
+    """Softmax attention with keys and values on a coarser grid, made by a strided convolution.
+
+    With a ratio of 1 there is no convolution and no norm. Source: PVT, arXiv:2102.12122, section 3.3.
+
+    Args:
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads.
+        ratio (int): Kernel and stride of the convolution. A shorter side of the grid is stretched to one kernel.
+        conv_size (int): Unused.
+        grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
+        init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
+    """
+
+    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims=2, init_cfg=None):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+        self.kernel = patch_sides(ratio, grid_dims)
+        self.q = nn.Linear(embed_dims, embed_dims)
+        if ratio > 1:
+            self.reduction = nn.Conv2d(embed_dims, embed_dims, self.kernel, self.kernel)
+            self.norm = nn.LayerNorm(embed_dims)
+        self.kv = nn.Linear(embed_dims, 2 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def project(self, x, grid):
+        """Project tokens ``(B, n, C)`` to queries ``(B, h, n, d)``, and return the tokens for :meth:`reduce`."""
+        return split_heads(self.q(x), self.num_heads), x
+
+    def attend(self, q, x, grid):
+        k, v, _ = self.reduce(x, grid)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def reduce(self, x, grid):
+        """Compute keys and values ``(B, h, m, d)`` on the coarser grid from tokens ``(B, n, C)``, and that grid."""
+        if max(self.kernel) > 1:
+            maps = x.transpose(1, 2).unflatten(2, grid)
+            size = tuple(max(side, least) for side, least in zip(grid, self.kernel))
+            if size != grid:
+                maps = F.interpolate(maps, size=size, mode='nearest')
+            maps = self.reduction(maps)
+            grid = tuple(maps.shape[-2:])
+            x = self.norm(maps.flatten(2).transpose(1, 2))
+        return *(split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1)), grid
+
+    def rows(self, x, grid, points):
+        """Compute rows of the attention matrix, see :meth:`BaseAttention.rows`.
+
+        An entry of the coarser grid is shared equally by the tokens of its patch. A token outside all patches has 0.
+        """
+        grid = self.map_grid(grid, x.shape[1])
+        with torch.no_grad():
+            q, _ = self.project(x, grid)
+            k, v, coarse = self.reduce(x, grid)
+        rows = value_gradients(lambda values: F.scaled_dot_product_attention(q, k, values), v, points)
+        maps = rows.unflatten(-1, coarse)
+        for dim, side, patch in zip((-2, -1), grid, self.kernel):
+            # A side shorter than the patch was stretched to one patch.
+            cells = min(side, patch)
+            maps = maps.repeat_interleave(cells, dim) / cells
+        return F.pad(maps, (0, grid[1] - maps.shape[-1], 0, grid[0] - maps.shape[-2]))
+
+
+@MODELS.register_module()
+class GaussianKernelAttention(SharedQKAttention):
+    """The Gaussian kernel between all tokens, without decomposition. The paper reports that it hardly trains.
+
+    Projections and local branch are those of :class:`SoftmaxFreeAttention`. Source: SOFT, section 3.1.
+
+    Args:
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Heads.
+        ratio (int): Unused.
+        conv_size (int): Side of the filters of the local branch, odd.
+        max_tokens (int): Largest number of tokens, because ``n x n`` numbers per head are held. Defaults to 4096.
+        grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
+        init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
+
+    Raises:
+        ValueError: If an option is out of its range. At a forward: for more than ``max_tokens`` tokens.
+    """
+
+    def __init__(self, embed_dims, num_heads, ratio, conv_size, max_tokens=4096, grid_dims=2, init_cfg=None):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+        check_integer('max_tokens', max_tokens)
+        self.max_tokens = max_tokens
+        self.local = LocalBranch(num_heads, conv_size, grid_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def attend(self, q, v, grid):
+        n = q.shape[2]
+        if n > self.max_tokens:
+            raise ValueError(
+                f'GaussianKernelAttention: {n} tokens exceed max_tokens={self.max_tokens}; the kernel would hold '
+                f'{n}x{n} numbers per head. Use smaller images, another attention, or a larger max_tokens'
+            )
+        return ops.gaussian_attention(q, v)
+
+    def rows(self, x, grid, points):
+        """Compute rows of the kernel for the queries alone, see :meth:`BaseAttention.rows`."""
+        grid = self.map_grid(grid, x.shape[1])
+        with torch.no_grad():
+            q, _ = self.project(x, grid)
+            return ops.gaussian_kernel(q[:, :, points], q)[0].transpose(0, 1).unflatten(-1, grid)

@@ -1,0 +1,165 @@
+"""Softmax-free attention, the attention of stages 1 to 3."""
+
+import torch
+import torch.nn as nn
+
+from soft_mm import ops
+from soft_mm.ops.attention import check_solver
+from soft_mm.ops.checks import check_bool, check_choice, check_integer
+from soft_mm.registry import MODELS
+
+from .base import LocalBranch, SharedQKAttention, patch_sides
+
+SAMPLERS = ('conv', 'mean', 'random')
+
+
+class LandmarkConv(nn.Conv2d):
+    """Convolution whose kernel equals its stride, applied to the queries of each head.
+
+    Args:
+        head_dims (int): Channels ``d`` of a head.
+        ratio (int): Kernel and stride.
+        grid_dims (int): 2 for maps, 1 for sequences.
+    """
+
+    def __init__(self, head_dims, ratio, grid_dims):
+        kernel = patch_sides(ratio, grid_dims)
+        super().__init__(head_dims, head_dims, kernel, stride=kernel, bias=False)
+
+    def forward(self, q, grid):
+        """Convolve queries, see :func:`soft_mm.ops.project_patches`."""
+        return ops.project_patches(q, grid, self.weight)
+
+
+class LandmarkNorm(nn.LayerNorm):
+    """LayerNorm and GELU of the landmarks, in float32 or wider."""
+
+    def forward(self, tokens):
+        """Normalise and activate tokens ``(B, h, m, d)``."""
+        return ops.activate_landmarks(tokens, self.weight, self.bias, self.eps)
+
+
+@MODELS.register_module()
+class SoftmaxFreeAttention(SharedQKAttention):
+    """Attention with a Gaussian kernel instead of softmax. With bounded landmarks it is linear in the tokens.
+
+    Queries and keys are one projection, so the kernel is symmetric. A depthwise convolution of the values is added.
+
+    Sources: SOFT (arXiv:2110.11945, section 3), SOFT++ (arXiv:2207.03341, section 3). See
+    :func:`soft_mm.ops.softmax_free_attention` and :func:`soft_mm.ops.normalized_softmax_free_attention`.
+
+    Args:
+        embed_dims (int): Channels ``C`` of the tokens.
+        num_heads (int): Heads, a divisor of ``embed_dims``.
+        ratio (int): Side of the patch of tokens that becomes one landmark.
+        conv_size (int): Side of the filters of the local branch, odd.
+        normalized (bool): Use the symmetrically normalised attention of SOFT++. Defaults to False.
+        solver (str): ``'newton'``: the authors' truncated Newton inverse. ``'cholesky'``: the ridge inverse, solved
+            directly. ``'svd'``: the exact pseudo-inverse, slow. Defaults to ``'newton'``.
+        newton_iterations (int): Iterations of ``'newton'``. Defaults to 20.
+        newton_backward (str): Gradient of plain ``'newton'``: ``'one_step'``, the authors' gradient, or ``'exact'``.
+            All other forms use the gradient of their computed result. Defaults to ``'one_step'``.
+        max_landmarks (int | None): Largest number of landmarks. More are average-pooled on their grid. None is the
+            authors' behaviour: the number of landmarks grows with the tokens. Defaults to None.
+        ridge (float): Added to the diagonal of the landmark kernel by plain ``'newton'`` and by ``'cholesky'``.
+            Defaults to 0.01, as in the authors' code.
+        sampler (str): How to sample one landmark per patch. ``'conv'``: strided convolution, LayerNorm and GELU.
+            ``'mean'``: mean of the queries. ``'random'``: random queries, drawn at each forward in training and fixed
+            in evaluation. Defaults to ``'conv'``.
+        seed (int): Seed of ``'random'`` in evaluation. Defaults to 0.
+        grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
+        init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
+
+    Raises:
+        ValueError: If an option is out of its range, or has no effect in the chosen form and is not its default.
+    """
+
+    def __init__(
+        self,
+        embed_dims,
+        num_heads,
+        ratio,
+        conv_size,
+        normalized=False,
+        solver='newton',
+        newton_iterations=20,
+        newton_backward='one_step',
+        max_landmarks=None,
+        ridge=0.01,
+        sampler='conv',
+        seed=0,
+        grid_dims=2,
+        init_cfg=None,
+    ):
+        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
+        check_bool('normalized', normalized)
+        check_solver(
+            solver, normalized, newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge
+        )
+        check_choice('sampler', sampler, SAMPLERS)
+        if max_landmarks is not None and (type(max_landmarks) is not int or max_landmarks < 1):
+            raise ValueError(f'max_landmarks={max_landmarks!r}: expected None or an integer >= 1')
+        check_integer('seed', seed, minimum=0)
+        if seed and sampler != 'random':
+            raise ValueError(
+                f"seed={seed} has no effect with sampler={sampler!r}: leave it out, or set sampler='random'"
+            )
+        self.normalized = normalized
+        self.solver = solver
+        self.newton_iterations = newton_iterations
+        self.newton_backward = newton_backward
+        self.ridge = ridge
+        self.max_landmarks = max_landmarks
+        self.sampler = sampler
+        self.seed = seed
+        self.ratio = ratio
+        if sampler == 'conv':
+            self.landmark = LandmarkConv(self.head_dims, ratio, grid_dims)
+            self.landmark_norm = LandmarkNorm(self.head_dims)
+        self.local = LocalBranch(num_heads, conv_size, grid_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def attend(self, q, v, grid):
+        """Compute ``P M (P^T v)`` for queries and values ``(B, h, n, d)``. Returns ``(B, h, n, d)``."""
+        landmarks, pool_factor = self.landmarks(q, grid)
+        return ops.blockwise_attention(q, landmarks, v, *self.middle(landmarks, pool_factor))
+
+    def landmarks(self, q, grid):
+        """Sample landmarks.
+
+        Args:
+            q (Tensor): Scaled queries ``(B, h, n, d)``.
+            grid (tuple[int, int]): ``(H, W)``, or ``(1, n)`` for a sequence.
+
+        Returns:
+            tuple[Tensor, float]: Landmarks ``(B, h, m, d)`` and the pool factor: the number of landmarks without a
+            bound, divided by ``m``.
+        """
+        if self.sampler == 'conv':
+            sampled, sampled_grid = self.landmark(q, grid)
+            return ops.pool_landmarks(self.landmark_norm(sampled), sampled_grid, self.max_landmarks)
+        sampled_grid = tuple(max(side // r, 1) for side, r in zip(grid, patch_sides(self.ratio, self.grid_dims)))
+        wide = q.to(torch.promote_types(q.dtype, torch.float32))
+        if self.sampler == 'mean':
+            return ops.pool_landmarks(ops.mean_landmarks(wide, grid, sampled_grid), sampled_grid, self.max_landmarks)
+        unbounded = sampled_grid[0] * sampled_grid[1]
+        count = unbounded if self.max_landmarks is None else min(unbounded, self.max_landmarks)
+        generator = None if self.training else torch.Generator().manual_seed(self.seed)
+        return ops.random_landmarks(wide, count, generator), unbounded / count
+
+    def middle(self, landmarks, pool_factor):
+        """Compute ``M`` or its inverse from the landmarks, see :func:`soft_mm.ops.middle_matrix`."""
+        return ops.middle_matrix(
+            landmarks,
+            normalized=self.normalized,
+            solver=self.solver,
+            newton_iterations=self.newton_iterations,
+            newton_backward=self.newton_backward,
+            ridge=self.ridge,
+            # Pooling k landmarks to one divides the row sums of A by k.
+            degree_scale=pool_factor,
+        )
+
+    def extra_repr(self):
+        names = ('num_heads', 'normalized', 'solver', 'newton_iterations', 'newton_backward', 'max_landmarks', 'ridge')
+        return ', '.join(f'{name}={getattr(self, name)!r}' for name in (*names, 'sampler', 'seed', 'grid_dims'))

@@ -1,0 +1,171 @@
+"""Attentions that the papers compare with SOFT, as functions of projected queries, keys and values.
+
+All take ``(B, h, n, d)`` and approximate ``softmax(q k^T / sqrt(d)) v``. :func:`gaussian_attention` is the exception:
+it is the kernel of SOFT without its decomposition. Softmax products use PyTorch's fused attention, which holds nothing
+of size ``n x n`` or ``n x m``.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .kernel import compute_dtype, gaussian_kernel, without_autocast
+
+
+def linformer_attention(q, k, v, key_weight, value_weight):
+    """Compute softmax attention over ``p`` learned combinations of keys and values.
+
+    Source: Linformer, arXiv:2006.04768, eq. 7.
+
+    Args:
+        q (Tensor): Queries ``(B, h, n, d)``.
+        k (Tensor): Keys ``(B, h, n, d)``.
+        v (Tensor): Values ``(B, h, n, d)``.
+        key_weight (Tensor): ``(p, n)``, shared by the heads.
+        value_weight (Tensor): ``(p, n)``.
+
+    Returns:
+        Tensor: ``(B, h, n, d)``.
+    """
+    return F.scaled_dot_product_attention(q, key_weight.to(k.dtype) @ k, value_weight.to(v.dtype) @ v)
+
+
+def resize_sequence_projection(weight, grid):
+    """Resize a projection of the tokens of one grid to another grid, bilinearly and with antialiasing.
+
+    The result is multiplied by the ratio of the token counts, so a row that computes a mean still computes one.
+
+    Args:
+        weight (Tensor): ``(p, H, W)`` on the learned grid.
+        grid (tuple[int, int]): Grid of the tokens.
+
+    Returns:
+        Tensor: ``(p, n)``.
+    """
+    learned, grid = tuple(weight.shape[1:]), tuple(grid)
+    if learned == grid:
+        return weight.flatten(1)
+    wide = weight[None].to(compute_dtype(weight))
+    resized = F.interpolate(wide, size=grid, mode='bilinear', align_corners=False, antialias=True)[0]
+    return resized.flatten(1) * (math.prod(learned) / math.prod(grid))
+
+
+def orthogonal_features(num_features, dims, generator=None, device=None):
+    """Draw the directions of FAVOR+: normal vectors, orthogonal within groups of ``dims`` (Performer, section 2.4).
+
+    Args:
+        num_features (int): Number of directions.
+        dims (int): Their dimension ``d``.
+        generator (torch.Generator | None): Random generator. Defaults to None: PyTorch's own.
+        device (torch.device | None): Device of the generator and of the result. Defaults to None: the CPU.
+
+    Returns:
+        Tensor: ``(num_features, d)``.
+    """
+    options = dict(generator=generator, device=device)
+    groups = -(-num_features // dims)
+    basis, upper = torch.linalg.qr(torch.randn(groups, dims, dims, **options))
+    # The signs of a QR with a positive diagonal make the directions uniform on the sphere.
+    basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    basis = basis.flatten(0, 1)[:num_features]
+    lengths = torch.randn(num_features, dims, **options).norm(dim=1, keepdim=True)
+    return basis * lengths
+
+
+@without_autocast
+def performer_attention(q, k, v, features, eps=1e-6):
+    """Compute softmax attention by positive random features (Performer, arXiv:2009.14794, lemma 1).
+
+    Args:
+        q (Tensor): Queries ``(B, h, n, d)``.
+        k (Tensor): Keys ``(B, h, n, d)``.
+        v (Tensor): Values ``(B, h, n, d)``.
+        features (Tensor): ``(m, d)``, see :func:`orthogonal_features`.
+        eps (float): Added to the features, so that no query has weight 0 for every key. Defaults to 1e-6.
+
+    Returns:
+        Tensor: ``(B, h, n, d)`` in the dtype of ``v``, computed in float32 or wider.
+    """
+    dtype = compute_dtype(q)
+    q, k, values = (tensor.to(dtype) for tensor in (q, k, v))
+    q, k = (tensor * q.shape[-1] ** -0.25 for tensor in (q, k))
+    features = features.to(dtype)
+
+    def logits(x):
+        return x @ features.T - x.square().sum(-1, keepdim=True) / 2
+
+    # A factor common to all keys, or to all features of a query, cancels in the quotient.
+    q, k = logits(q), logits(k)
+    q = (q - q.detach().amax(-1, keepdim=True)).exp() + eps
+    k = (k - k.detach().amax((-2, -1), keepdim=True)).exp() + eps
+    out = q @ (k.transpose(-2, -1) @ values)
+    return (out / (q @ k.sum(-2).unsqueeze(-1))).to(v.dtype)
+
+
+@without_autocast
+def iterative_pinv(matrix, iterations=6):
+    """Compute the pseudo-inverse of row-stochastic matrices by a third-order iteration.
+
+    Source: Nystromformer, arXiv:2102.03902, eq. 11.
+
+    Args:
+        matrix (Tensor): ``(..., m, m)``.
+        iterations (int): Number of iterations. Defaults to 6, as in the paper.
+
+    Returns:
+        Tensor: ``(..., m, m)`` in float32 or wider.
+    """
+    matrix = matrix.to(compute_dtype(matrix))
+    size = matrix.abs()
+    scale = size.sum(-1).amax(-1) * size.sum(-2).amax(-1)
+    inverse = matrix.transpose(-2, -1) / scale[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for _ in range(iterations):
+        product = matrix @ inverse
+        inverse = inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product))) / 4
+    return inverse
+
+
+def nystrom_attention(q, k, v, query_landmarks, key_landmarks, iterations=6):
+    """Compute ``softmax(q l_k^T) softmax(l_q l_k^T)^+ softmax(l_q k^T) v`` (Nystromformer, arXiv:2102.03902, eq. 13).
+
+    Args:
+        q (Tensor): Queries ``(B, h, n, d)``.
+        k (Tensor): Keys ``(B, h, n, d)``.
+        v (Tensor): Values ``(B, h, n, d)``.
+        query_landmarks (Tensor): ``(B, h, m, d)``.
+        key_landmarks (Tensor): ``(B, h, m, d)``.
+        iterations (int): Of :func:`iterative_pinv`. Defaults to 6.
+
+    Returns:
+        Tensor: ``(B, h, n, d)``.
+    """
+    gathered = F.scaled_dot_product_attention(query_landmarks, k, v)
+    weights = _solve_landmarks(query_landmarks, key_landmarks, gathered, iterations)
+    return F.scaled_dot_product_attention(q, key_landmarks, weights)
+
+
+@without_autocast
+def _solve_landmarks(query_landmarks, key_landmarks, gathered, iterations):
+    """Return ``softmax(l_q l_k^T)^+ gathered`` in the dtype of ``gathered``, computed in float32 or wider."""
+    dtype = compute_dtype(gathered)
+    query_landmarks, key_landmarks = query_landmarks.to(dtype), key_landmarks.to(dtype)
+    scale = query_landmarks.shape[-1] ** -0.5
+    middle = torch.softmax(query_landmarks @ key_landmarks.transpose(-2, -1) * scale, dim=-1)
+    return (iterative_pinv(middle, iterations) @ gathered.to(dtype)).to(gathered.dtype)
+
+
+@without_autocast
+def gaussian_attention(q, v):
+    """Compute ``g(q, q) v``: the Gaussian kernel between all tokens, without decomposition (SOFT, section 3.1).
+
+    Args:
+        q (Tensor): Scaled queries, which are also the keys, ``(B, h, n, d)``.
+        v (Tensor): Values ``(B, h, n, d)``.
+
+    Returns:
+        Tensor: ``(B, h, n, d)``. It holds ``n x n`` numbers per head.
+    """
+    kernel = gaussian_kernel(q, q)
+    return (kernel @ v.to(kernel.dtype)).to(v.dtype)

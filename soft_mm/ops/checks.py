@@ -1,0 +1,42 @@
+"""Checks of arguments. Each raises a ``ValueError`` that names what was given and what is allowed."""
+
+import math
+
+
+def check_integer(name, value, minimum=1):
+    """Check that a value is an integer (not a bool) and at least ``minimum``.
+
+    Args:
+        name (str): Name of the argument, for the message.
+        value (object): Value to check.
+        minimum (int): Smallest allowed value. Defaults to 1.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f'{name}={value!r}: expected an integer >= {minimum}')
+
+
+def check_positive(name, value):
+    """Check that a value is a finite number greater than 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f'{name}={value!r}: expected a number > 0')
+
+
+def check_rate(name, value):
+    """Check that a value is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f'{name}={value!r}: expected a number >= 0 and < 1')
+
+
+def check_bool(name, value):
+    """Check that a value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name}={value!r}: expected True or False')
+
+
+def check_choice(name, value, choices):
+    """Check that a value is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f'{name}={value!r} is unknown; choose one of {tuple(choices)}')

@@ -1,0 +1,154 @@
+"""Rows of the attention matrix against the matrix itself, and the tool that draws them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from soft_mm import SOFT
+from soft_mm.attention_maps import image_attention
+from soft_mm.inference import load_model
+from soft_mm.models.attention import build_attention
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = dict(embed_dims=16, num_heads=2, ratio=2, conv_size=3)
+ATTENTIONS = [
+    dict(),
+    dict(normalized=True, solver='cholesky', max_landmarks=4),
+    dict(sampler='mean', solver='svd'),
+    dict(type='SoftmaxAttention'),
+    dict(type='LinformerAttention', proj_tokens=7),
+    dict(type='PerformerAttention', num_features=16),
+    dict(type='NystromAttention', num_landmarks=6),
+    dict(type='GaussianKernelAttention'),
+]
+
+
+@pytest.mark.parametrize('cfg', ATTENTIONS, ids=str)
+def test_rows_are_those_of_the_matrix(cfg):
+    torch.manual_seed(0)
+    module, grid = build_attention(cfg, **SHAPE).double().eval(), (5, 6)
+    x = torch.randn(1, 30, 16, dtype=torch.float64)
+    with torch.no_grad():
+        *others, v = module.project(x, grid)
+        # One token's value at a time, in the first channel: columns of the matrix.
+        columns = []
+        for token in range(30):
+            values = torch.zeros_like(v)
+            values[:, :, token, 0] = 1
+            columns.append(module.attend(*others, values, grid=grid)[0, ..., 0])
+    matrix = torch.stack(columns, dim=-1)
+    rows = module.rows(x, grid, [0, 13, 29])
+    assert rows.shape == (3, 2, 5, 6)
+    assert torch.allclose(rows.flatten(2), matrix[:, [0, 13, 29]].transpose(0, 1), atol=1e-12)
+    if cfg.get('type') == 'SoftmaxAttention':
+        assert torch.allclose(rows.sum((-2, -1)), torch.ones(3, 2, dtype=torch.float64))
+
+
+def test_rows_over_a_coarser_grid_are_shared_out():
+    torch.manual_seed(0)
+    module = build_attention(dict(type='SpatialReductionAttention'), **SHAPE).double()
+    rows = module.rows(torch.randn(1, 48, 16, dtype=torch.float64), (6, 8), [5])
+    assert rows.shape == (1, 2, 6, 8) and torch.allclose(rows.sum((-2, -1)), torch.ones(1, 2, dtype=torch.float64))
+    assert torch.equal(rows[..., ::2, ::2], rows[..., 1::2, 1::2])
+    # The convolution leaves out what its patches do not fill.
+    rows = module.rows(torch.randn(1, 35, 16, dtype=torch.float64), (5, 7), [30])
+    assert torch.allclose(rows.sum((-2, -1)), torch.ones(1, 2, dtype=torch.float64))
+    assert not rows[..., 4, :].any() and not rows[..., 6].any() and torch.equal(rows[..., 0, ::2], rows[..., 1, ::2])
+    # A side that is shorter than the patch is stretched to it.
+    rows = module.rows(torch.randn(1, 6, 16, dtype=torch.float64), (1, 6), [0])
+    assert torch.allclose(rows.sum((-2, -1)), torch.ones(1, 2, dtype=torch.float64)) and rows.shape == (1, 2, 1, 6)
+
+
+def test_other_attentions_and_models_are_named(tmp_path):
+    image, model = np.zeros((64, 64, 3), np.uint8), Whole().eval()
+    with pytest.raises(ValueError, match='the model has no SOFT as `backbone`'):
+        image_attention(torch.nn.Module(), image, [(0, 0)], stage=1)
+    model.backbone.stages[0].blocks[0].attn = torch.nn.Linear(16, 16)
+    with pytest.raises(ValueError, match='Linear has no method `rows`; use an attention of soft_mm.models'):
+        image_attention(model, image, [(0, 0)], stage=1)
+    with pytest.raises(ValueError, match='default_runtime_mmseg.py has no `model.backbone`'):
+        load_model(ROOT / 'configs/_base_/default_runtime_mmseg.py', tmp_path / 'none.pth')
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(solver='cholesky', max_landmarks=16),
+        dict(normalized=True, max_landmarks=16),
+        dict(type='SoftmaxAttention'),
+        dict(type='LinformerAttention', proj_tokens=16),
+        dict(type='PerformerAttention', num_features=16),
+        dict(type='NystromAttention', num_landmarks=16),
+        dict(type='SpatialReductionAttention'),
+        dict(type='GaussianKernelAttention', max_tokens=4),
+    ],
+    ids=str,
+)
+def test_nothing_of_tokens_times_tokens_is_formed(cfg):
+    """Such a matrix would have fifty times the entries of the largest tensor that there may be."""
+    shape = dict(SHAPE, ratio=8)
+    module, sizes = build_attention(cfg, **shape), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(part.numel() for part in tree_leaves(out) if isinstance(part, torch.Tensor))
+            return out
+
+    with Watch():
+        rows = module.rows(torch.randn(1, 64 * 50, 16), (64, 50), [7, 1600])
+    assert rows.shape == (2, 2, 64, 50) and 0 < max(sizes) <= 3200 * 16 * 4
+
+
+class Whole(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = SOFT(dict(embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4), depths=(1, 1, 2, 1)))
+        self.data_preprocessor = torch.nn.Module()
+        self.data_preprocessor.register_buffer('mean', torch.full((3, 1, 1), 120.0))
+        self.data_preprocessor.register_buffer('std', torch.full((3, 1, 1), 60.0))
+
+
+def test_points_are_pixels_of_the_image():
+    torch.manual_seed(0)
+    model = Whole().eval()
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    rows = image_attention(model, image, [(0, 0), (95, 63), (3, 3)], stage=1)
+    assert rows.shape == (3, 1, 16, 24) and torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
+    assert image_attention(model, image, [(1, 1)], stage=3, block=0).shape == (1, 3, 4, 6)
+    for arguments, message in (
+        (([(96, 0)], 1), 'point 96,0 is outside the image of 96x64'),
+        (([(0, 0)], 4), 'stage 4 does not exist'),
+        (([(0, 0)], 2, 1), 'block 1 does not exist: stage 2 has 1'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            image_attention(model, image, *arguments)
+
+
+def test_tool_draws_and_refuses(tmp_path, environment):
+    mmcv.imwrite(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), str(tmp_path / 'a.png'))
+    config = ROOT / 'projects/photo_digits/configs/soft-tiny_photo-digits-crops.py'
+    state_dict = {f'backbone.{k}': v for k, v in SOFT('tiny', img_size=64, out_indices=(3,)).state_dict().items()}
+    state_dict |= {'head.fc.weight': torch.zeros(10, 512), 'head.fc.bias': torch.zeros(10)}
+    torch.save(dict(state_dict=state_dict), tmp_path / 'tiny.pth')
+
+    def draw(*options, image='a.png'):
+        command = [sys.executable, str(ROOT / 'tools/visualize_attention.py'), image, str(config), 'tiny.pth', *options]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    done = draw('--points', '10,12', '40,50', '--stage', '2', '--head', '0', '3', '--out', 'maps/two.png')
+    assert done.returncode == 0, done.stderr
+    assert mmcv.imread(tmp_path / 'maps/two.png').std() > 5
+    mmcv.imwrite(mmcv.imread(tmp_path / 'a.png'), str(tmp_path / 'maps/three.png'))
+    done = draw('--points', '10,12', '--head', '4', '--stage', '2')
+    assert done.returncode == 2 and 'heads [4] do not exist: the stage has 4' in done.stderr
+    done = draw('--points', '10')
+    assert done.returncode == 2 and "'10': expected x,y in pixels" in done.stderr
+    done = draw('--points', '1,1', image='maps')
+    assert done.returncode == 2 and 'maps holds 2 images; give one' in done.stderr

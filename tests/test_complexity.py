@@ -1,0 +1,71 @@
+"""Parameters and multiply-adds, against counts by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from soft_mm import SOFT, ops
+from soft_mm.complexity import config_complexity, count_multiply_adds, model_complexity
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'projects/photo_digits/configs'
+
+
+def test_attention_products_are_counted():
+    n, m, d = 600, 7, 8
+    q, v = torch.randn(2, 1, 2, n, d)
+    landmarks = torch.randn(1, 2, m, d)
+    newton = count_multiply_adds(lambda: ops.softmax_free_attention(q, landmarks, v, newton_iterations=3))
+    # The kernel, P^T v, and P times the result; the landmarks' kernel, three steps of two products, and M (P^T v).
+    common = 2 * (3 * n * m * d + m * m * d)
+    assert newton == common + 2 * (3 * 2 * m**3 + m * m * d)
+    direct = count_multiply_adds(lambda: ops.softmax_free_attention(q, landmarks, v, solver='cholesky'))
+    assert direct == common + 2 * (m**3 // 3) // 2 + 2 * m * m * d
+
+
+def test_fused_softmax_attention_is_counted():
+    q, k, v = torch.randn(3, 1, 2, 50, 8)
+    assert count_multiply_adds(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * 2 * 50 * 50 * 8
+
+
+def test_parts_sum_to_the_whole():
+    model = SOFT().eval()
+    *parts, whole = model_complexity(model, lambda: model(torch.rand(1, 3, 64, 96)))
+    assert [part.name for part in parts] == [f'stages.{i}' for i in range(4)]
+    assert whole.parameters == sum(part.parameters for part in parts) == sum(p.numel() for p in model.parameters())
+    assert whole.multiply_adds == sum(part.multiply_adds for part in parts)
+
+
+@pytest.mark.parametrize('config', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
+def test_configs_of_every_toolbox(config):
+    parts = {part.name: part for part in config_complexity(config, (96, 128))}
+    alone = {part.name: part for part in config_complexity(config, (96, 128), backbone_only=True)}
+    for i in range(4):
+        assert parts[f'backbone.stages.{i}'].parameters == alone[f'stages.{i}'].parameters
+        assert parts[f'backbone.stages.{i}'].multiply_adds == alone[f'stages.{i}'].multiply_adds > 0
+    for name in ('neck', 'rpn_head', 'roi_head', 'decode_head'):
+        assert name not in parts or parts[name].multiply_adds > 0, name
+    assert parts[''].multiply_adds == sum(part.multiply_adds for name, part in parts.items() if name)
+
+
+def test_sequences_are_counted():
+    config = ROOT / 'projects/listops/configs/soft_listops.py'
+    counts = [config_complexity(config, (1, n))[-1].multiply_adds for n in (64, 128)]
+    assert 0 < counts[0] < counts[1] == config_complexity(config, (128,))[-1].multiply_adds
+    with pytest.raises(ValueError, match=r'shape=\(224, 224\): expected 1 and the number of tokens'):
+        config_complexity(config, (224, 224))
+
+
+def test_tool(tmp_path, environment):
+    tool = [sys.executable, str(ROOT / 'tools/get_complexity.py')]
+    config = CONFIGS / 'soft-tiny_photo-digits-crops.py'
+    done = subprocess.run([*tool, str(config), '--shape', '64', '96'], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert 'backbone.stages.3' in done.stdout and 'whole' in done.stdout
+    (tmp_path / 'empty.py').write_text('data = 1\n')
+    done = subprocess.run([*tool, str(tmp_path / 'empty.py')], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and 'has no `model`' in done.stderr
