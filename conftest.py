@@ -4,6 +4,7 @@ import os
 import pytest
 from mmengine.registry import DefaultScope
 
+pytest_plugins = ['digits_workspace']
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 

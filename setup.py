@@ -7,22 +7,13 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-# Where openmim looks for them within an installed package.
+# openmim looks for configs and tools here in an installed package.
 MIM = Path('soft_mm', '.mim')
 CARRIED = ('configs', 'tools', 'model-index.yml')
-# Tools that work on the repository.
-LEFT_OUT = (
-    '__pycache__',
-    'setup_env.py',
-    'make_model_zoo.py',
-    'demo.py',
-    'compare_attention.py',
-    'compare_landmarks.py',
-)
 
 
 class BuildWithConfigs(build_py):
-    """Puts configs and tools into the package: copies of them, or links where the package is installed editable."""
+    """Add configs and tools to the package: as links for an editable installation, as copies otherwise."""
 
     def run(self):
         super().run()
@@ -33,7 +24,7 @@ class BuildWithConfigs(build_py):
 
     def get_outputs(self, include_bytecode=True):
         files = (file for name in CARRIED for file in (HERE / name, *(HERE / name).rglob('*')) if file.is_file())
-        carried = [file for file in files if not set(file.parts) & set(LEFT_OUT)]
+        carried = [file for file in files if '__pycache__' not in file.parts]
         return [
             *super().get_outputs(include_bytecode),
             *(str(Path(self.build_lib, MIM, file.relative_to(HERE))) for file in carried),
@@ -50,7 +41,7 @@ def carry(folder, put):
 
 def copy(source, target):
     if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns('__pycache__'))
     else:
         shutil.copy2(source, target)
 
@@ -59,12 +50,12 @@ def link(source, target):
     try:
         target.symlink_to(os.path.relpath(source, target.parent))
     except OSError:
-        # Windows asks for a privilege. The copies are as old as the last installation.
+        # Windows requires a privilege for links. Copies become outdated until the next installation.
         copy(source, target)
 
 
 def read_version():
-    """Reads the version without importing the package, which needs torch."""
+    """Return the version without importing the package, which needs torch."""
     text = (HERE / 'soft_mm' / 'version.py').read_text(encoding='utf-8')
     return re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE).group(1)
 
@@ -74,17 +65,17 @@ def read_description():
     return readme.read_text(encoding='utf-8') if readme.is_file() else ''
 
 
-# Every toolbox exists as two distributions that provide the same import package, so requiring one
-# would install it over the other where the user holds that. The package therefore requires neither,
-# and an extra names a whole stack of one family.
+# Each toolbox exists as two distributions with the same import name. To require one could overwrite the
+# other in the user's environment. The package therefore requires neither. Each extra installs all packages
+# of one family.
 ORIGINAL = [
     'mmengine>=0.8.0',
-    # mmdet and mmsegmentation refuse to be imported beside 2.2, and do not tell pip.
+    # mmdet and mmsegmentation raise an error at import with mmcv 2.2, but do not declare this to pip.
     'mmcv>=2.0.0,<2.2.0',
     'mmpretrain>=1.0.0',
     'mmdet>=3.0.0',
     'mmsegmentation>=1.0.0',
-    # imported by mmsegmentation, which does not declare them
+    # mmsegmentation imports these but does not declare them.
     'ftfy',
     'regex',
 ]
@@ -114,7 +105,7 @@ setup(
         'maintained': MAINTAINED,
         'photo-digits': ['scikit-learn', 'scikit-image', 'pycocotools', 'rich'],
         'safetensors': ['safetensors'],
-        'dev': ['pytest', 'ruff', 'pre-commit'],
+        'dev': ['pytest', 'pytest-xdist', 'ruff', 'pre-commit'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

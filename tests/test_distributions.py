@@ -1,4 +1,4 @@
-"""Two distributions provide each toolbox: one is installed, and the package picks neither."""
+"""Each toolbox exists as two distributions. One of them is installed, and the package requires neither."""
 
 import runpy
 import sys
@@ -28,7 +28,7 @@ def name_of(requirement):
 
 @pytest.fixture
 def metadata(monkeypatch):
-    """What setup.py hands to setuptools."""
+    """The arguments that setup.py gives to setuptools."""
     given = {}
     monkeypatch.setattr(setuptools, 'setup', given.update)
     runpy.run_path(str(ROOT / 'setup.py'))
@@ -37,12 +37,12 @@ def metadata(monkeypatch):
 
 @pytest.mark.parametrize('name', ['mmcv', 'mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
 def test_one_distribution_provides(name):
-    # a set, because an editable or a wheel install may list one distribution several times
+    # a set, because one distribution may be listed several times
     providers = set(packages_distributions().get(name, ()))
     assert len(providers) == 1, f'{name} comes from {sorted(providers) or "no distribution"}'
 
 
-def test_package_requires_torch_alone_and_any(metadata):
+def test_package_requires_only_torch(metadata):
     assert metadata['install_requires'] == ['torch>=2.0']
 
 
@@ -64,7 +64,7 @@ def test_other_extras_name_no_toolbox(metadata):
 
 
 def test_extras_have_no_upper_bounds(metadata):
-    """But the one that mmdet and mmsegmentation check at import and do not declare."""
+    """The exception is a bound that mmdet and mmsegmentation check at import but do not declare."""
     for requirements in metadata['extras_require'].values():
         for requirement in requirements:
             if requirement == 'mmcv>=2.0.0,<2.2.0':

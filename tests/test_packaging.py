@@ -1,25 +1,24 @@
-"""The wheel and the editable installation carry configs and tools, and need torch and mmengine alone."""
+"""The wheel and an editable installation carry configs and tools, and need only torch and mmengine."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import sys
 import venv
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_configs import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
 CARRIED = ('configs', 'tools', 'model-index.yml')
-OF_THE_REPOSITORY = {'setup_env.py', 'make_model_zoo.py', 'demo.py', 'compare_attention.py', 'compare_landmarks.py'}
 
 
-@pytest.fixture
-def source(tmp_path):
-    """The repository as it is in version control."""
-    target = tmp_path / 'source'
+def copy_source(target):
+    """Copy the files that builds read, without what an installation adds."""
     for name in ('soft_mm', 'configs', 'tools'):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns('__pycache__', '.mim'))
     for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'model-index.yml', 'LICENSE'):
@@ -27,14 +26,23 @@ def source(tmp_path):
     return target
 
 
+@pytest.fixture
+def source(tmp_path):
+    return copy_source(tmp_path / 'source')
+
+
 def run(*command, cwd):
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    # The installed package must be the one that is imported.
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 
 
 def distributions_below(*names):
-    """Installed distributions that these need, themselves included."""
+    """Return the installed distributions with these names, and all their dependencies."""
     found, left = {}, list(names)
     while left:
         name = re.sub(r'[-_.]+', '-', left.pop()).lower()
@@ -43,39 +51,52 @@ def distributions_below(*names):
         try:
             found[name] = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            # For another platform or Python, or OpenCV under its other name.
+            # A dependency for another platform or Python, or OpenCV under its other name.
             continue
         requires = found[name].requires or []
         left += [re.match(r'[\w.-]+', line)[0] for line in requires if 'extra ==' not in line]
     return found.values()
 
 
-@pytest.fixture
-def clean_python(tmp_path):
-    """The Python of a new environment that has torch and mmengine and what they need."""
-    venv.create(tmp_path / 'clean', symlinks=True)
-    (site,) = (tmp_path / 'clean').glob('lib/python*/site-packages')
+@dataclass
+class Installation:
+    """The wheel in a new environment that holds torch, mmengine and their dependencies."""
+
+    folder: Path
+    source: Path
+    wheel: Path
+    python: Path
+    site: Path
+
+
+@pytest.fixture(scope='module')
+def installation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('installation')
+    source = copy_source(folder / 'source')
+    venv.create(folder / 'clean', symlinks=True)
+    (site,) = (folder / 'clean').glob('lib/python*/site-packages')
     (engine,) = set(importlib.metadata.packages_distributions()['mmengine'])
     names = ('torch', engine, 'opencv-python-headless', 'setuptools')
     for distribution in distributions_below(*names):
         for top in {file.parts[0] for file in distribution.files if file.parts[0] not in ('..', '__pycache__')}:
             if not (site / top).exists():
                 (site / top).symlink_to(distribution.locate_file(top))
-    return tmp_path / 'clean/bin/python'
+    pip = (sys.executable, '-m', 'pip')
+    run(*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', folder, source, cwd=folder)
+    (wheel,) = folder.glob('*.whl')
+    run(*pip, 'install', '--no-deps', '--target', site, wheel, cwd=folder)
+    return Installation(folder, source, wheel, folder / 'clean/bin/python', site)
 
 
-def test_wheel_in_a_clean_environment(source, clean_python, tmp_path):
-    run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', tmp_path, source, cwd=tmp_path)
-    (wheel,) = tmp_path.glob('*.whl')
-    carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith('soft_mm/.mim/')}
+def test_wheel_holds_package_configs_and_tools_only(installation):
+    source, files = installation.source, set(zipfile.ZipFile(installation.wheel).namelist())
+    carried = {name for name in files if name.startswith('soft_mm/.mim/')}
     expected = [source / 'model-index.yml', *(source / 'configs').rglob('*'), *(source / 'tools').rglob('*')]
-    assert carried == {
-        f'soft_mm/.mim/{path.relative_to(source).as_posix()}'
-        for path in expected
-        if path.is_file() and path.name not in OF_THE_REPOSITORY
-    }
-    (site,) = (tmp_path / 'clean').glob('lib/python*/site-packages')
-    run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--target', site, wheel, cwd=tmp_path)
+    assert carried == {f'soft_mm/.mim/{path.relative_to(source).as_posix()}' for path in expected if path.is_file()}
+    assert all(re.match(r'soft_mm(-[\d.]+(\.\w+)?\.dist-info)?/', name) for name in files)
+
+
+def test_wheel_in_a_clean_environment(installation):
     code = """
 import importlib.util, torch, soft_mm
 from mmengine.config import Config
@@ -87,10 +108,23 @@ names = soft_mm.config_names()
 print(len(names), soft_mm.config_path(names[0]))
 Config.fromfile(soft_mm.config_path('ade20k/upernet_soft-tiny-norm_8xb2-160k_ade20k-512x512.py'))
 """
-    shapes, configs = run(clean_python, '-c', code, cwd=tmp_path).splitlines()
+    shapes, configs = run(installation.python, '-c', code, cwd=installation.folder).splitlines()
     assert shapes == '[(1, 64, 16, 16), (1, 128, 8, 8)]'
     count, path = configs.split(' ', 1)
     assert int(count) == len(list((ROOT / 'configs').glob('[!_]*/*.py'))) and '/site-packages/soft_mm/.mim/' in path
+
+
+def test_every_module_and_tool_of_the_wheel_starts(installation):
+    """None of them needs the repository, and none imports a toolbox before using it."""
+    code = """
+import importlib, pkgutil, soft_mm
+for module in pkgutil.walk_packages(soft_mm.__path__, 'soft_mm.'):
+    importlib.import_module(module.name)
+    print(module.name)
+"""
+    assert 'soft_mm.complexity' in run(installation.python, '-c', code, cwd=installation.folder).splitlines()
+    for tool in (installation.site / 'soft_mm/.mim/tools').glob('*.py'):
+        assert 'usage:' in run(installation.python, tool, '--help', cwd=installation.folder), tool.name
 
 
 def test_source_distribution_has_what_the_wheel_carries(source, tmp_path):
@@ -130,18 +164,18 @@ def test_editable_installation_carries_them_too(source, refuse):
 def test_unknown_config_is_named():
     import soft_mm
 
-    with pytest.raises(FileNotFoundError, match="near it are .*'coco/retinanet_soft-tiny-norm_fpn_1x_coco.py'"):
+    with pytest.raises(FileNotFoundError, match="the closest are .*'coco/retinanet_soft-tiny-norm_fpn_1x_coco.py'"):
         soft_mm.config_path('coco/retinanet_soft-tiny_fpn_1x_coco.py')
 
 
 def test_inherits_through_the_installed_package(tmp_path):
-    """From a folder elsewhere, without knowing where the package is."""
+    """A config in any folder can inherit without knowing the path of the package."""
     from mmengine.config import Config
 
     import soft_mm
 
     base = soft_mm.config_path('coco/mask-rcnn_soft-tiny-norm_fpn_1x_coco.py')
-    # As an installation has it, editable or not.
+    # Every installation, editable or not, has this folder.
     assert Path(base).parts[-4:-2] == ('.mim', 'configs')
     mine = tmp_path / 'mine.py'
     mine.write_text(

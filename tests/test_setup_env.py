@@ -1,4 +1,4 @@
-"""The set-up refuses clearly, takes nothing half-made as good, and does nothing twice."""
+"""The set-up reports problems in one sentence, accepts no incomplete environment, and repeats no finished step."""
 
 import fcntl
 import importlib.util
@@ -13,15 +13,16 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path('.dev_scripts', 'setup_env.py')
 SITE = 'lib/python{}.{}/site-packages'.format(*sys.version_info[:2])
 
 
 @pytest.fixture
 def skeleton(tmp_path):
-    """A repository with nothing in it but what the set-up reads."""
+    """A repository that holds only the files that the set-up reads."""
     root = tmp_path / 'repository'
-    (root / 'tools').mkdir(parents=True)
-    shutil.copy(ROOT / 'tools' / 'setup_env.py', root / 'tools')
+    (root / SCRIPT.parent).mkdir(parents=True)
+    shutil.copy(ROOT / SCRIPT, root / SCRIPT)
     shutil.copy(ROOT / 'setup.py', root)
     shutil.copytree(ROOT / 'requirements', root / 'requirements')
     return root
@@ -29,9 +30,9 @@ def skeleton(tmp_path):
 
 @pytest.fixture
 def setup_env(skeleton, monkeypatch, request):
-    """The module, as loaded with the options of an indirect parameter."""
+    """The set-up as a module. An indirect parameter gives its command-line options."""
     monkeypatch.setattr(sys, 'argv', ['setup_env.py', *getattr(request, 'param', [])])
-    spec = importlib.util.spec_from_file_location('setup_env', skeleton / 'tools' / 'setup_env.py')
+    spec = importlib.util.spec_from_file_location('setup_env', skeleton / SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,7 +40,7 @@ def setup_env(skeleton, monkeypatch, request):
 
 @pytest.fixture
 def steps(setup_env, monkeypatch):
-    """The set-up with every command replaced by an entry in a list."""
+    """A list of the commands that the set-up would run, in place of running them."""
     taken = []
 
     def make_venv():
@@ -81,7 +82,7 @@ def change_pin(setup_env, file, old, new):
 def run_script(root, **environment):
     kept = {name: value for name, value in os.environ.items() if name not in ('CXX', 'CC')}
     return subprocess.run(
-        [sys.executable, root / 'tools' / 'setup_env.py'],
+        [sys.executable, root / SCRIPT],
         env={**kept, **environment},
         capture_output=True,
         text=True,
@@ -200,7 +201,7 @@ def test_disk_leaves_out_a_cache_that_is_off(setup_env, monkeypatch, tmp_path):
 
 
 def test_no_network(skeleton):
-    # a torch in place keeps the demand on the disk small
+    # with torch installed, the set-up asks for less disk space
     (skeleton / '.venv' / SITE / 'torch-2.8.0.dist-info').mkdir(parents=True)
     closed = 'http://127.0.0.1:9/simple'
     run = run_script(

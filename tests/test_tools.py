@@ -14,8 +14,8 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from test_configs import CLASSIFIER, DENSE, OPTIONS, ROOT, classifier, workspace  # noqa: F401 (fixtures)
-from test_convert_tool import Harmful
+from authors import Harmful
+from digits_workspace import CLASSIFIER, DENSE, OPTIONS, ROOT
 
 ADE20K = ROOT / 'configs/ade20k/upernet_soft-tiny-norm_8xb2-160k_ade20k-512x512.py'
 TEST_OPTIONS = ['test_dataloader.num_workers=0']
@@ -23,11 +23,12 @@ TEST_OPTIONS = ['test_dataloader.num_workers=0']
 
 def tool(name, *arguments, cwd):
     command = [sys.executable, str(ROOT / 'tools' / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def tool_here(name, *arguments):
-    """Run a tool in this process, where all that it does is to refuse; its exit code, or message, and what it says."""
+    """Run a tool that refuses its arguments in this process. Return its exit code or message, and its error output."""
     err = io.StringIO()
     with contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [name, *map(str, arguments)])
@@ -36,18 +37,18 @@ def tool_here(name, *arguments):
     return end.value.code, err.getvalue()
 
 
-def config_of(workspace, task):  # noqa: F811
+def config_of(workspace, task):
     return CLASSIFIER if task == 'classification' else next(path for path in DENSE if path.stem.startswith(task))
 
 
 @pytest.fixture(scope='module')
-def checkpoints(workspace, classifier):  # noqa: F811
+def checkpoints(workspace, classifier, environment):
     """A checkpoint of each task, of models as they are initialised."""
     code = """
 import importlib, sys, torch
-from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-cfg = Config.fromfile(sys.argv[1])
+from soft_mm.utils import read_config
+cfg = read_config(sys.argv[1])
 importlib.import_module(f'{cfg.default_scope}.models')
 importlib.import_module(f'{cfg.default_scope}.datasets')
 init_default_scope(cfg.default_scope)
@@ -60,7 +61,7 @@ torch.save(dict(meta=meta, state_dict=model.state_dict()), sys.argv[2])
     for task in ('mask-rcnn', 'fpn'):
         files[task] = workspace / f'{task}.pth'
         command = [sys.executable, '-c', code, str(config_of(workspace, task)), str(files[task])]
-        done = subprocess.run(command, cwd=workspace, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     return files
 
@@ -68,7 +69,7 @@ torch.save(dict(meta=meta, state_dict=model.state_dict()), sys.argv[2])
 @pytest.mark.parametrize(
     ('task', 'folder'), [('classification', False), ('classification', True), ('mask-rcnn', True), ('fpn', True)]
 )
-def test_predict_draws(workspace, checkpoints, tmp_path, task, folder):  # noqa: F811
+def test_predict_draws(workspace, checkpoints, tmp_path, task, folder):
     images = tmp_path / 'images'
     images.mkdir()
     for name, size in (('a.png', (90, 120, 3)), ('b.jpg', (128, 100, 3))):
@@ -92,16 +93,16 @@ def test_predict_draws(workspace, checkpoints, tmp_path, task, folder):  # noqa:
         (dict(image='none.png'), 'there is no image or folder none.png'),
         (dict(image='broken.png'), 'broken.png cannot be read as an image'),
         (dict(image='empty'), 'empty holds no images'),
-        (dict(config='none.py'), 'there is no file none.py'),
-        (dict(checkpoint='none.pth'), 'there is no file none.pth'),
+        (dict(config='none.py'), 'none.py'),
+        (dict(checkpoint='none.pth'), 'none.pth does not exist'),
         (dict(device='cuda:7'), "device 'cuda:7'"),
-        (dict(checkpoint='other.pth'), 'is not of the model of this config'),
+        (dict(checkpoint='other.pth'), 'does not fit the model of this config'),
         (dict(checkpoint='code.pth'), 'code.pth is refused'),
-        (dict(checkpoint='some.safetensors'), 'the toolboxes read whole models from .pth alone'),
-        (dict(image='twins'), "several images are called ['a']"),
+        (dict(checkpoint='some.safetensors'), 'the toolboxes read whole models from .pth files only'),
+        (dict(image='twins'), "several images have the same name without suffix, ['a']"),
     ],
 )
-def test_predict_refuses(workspace, checkpoints, tmp_path, monkeypatch, change, message):  # noqa: F811
+def test_predict_refuses(workspace, checkpoints, tmp_path, monkeypatch, change, message):
     (tmp_path / 'broken.png').write_bytes(b'\x89PNG\r\n\x1a\n')
     (tmp_path / 'empty').mkdir()
     mmcv.imwrite(np.zeros((64, 64, 3), np.uint8), str(tmp_path / 'a.png'))
@@ -123,9 +124,9 @@ def test_predict_refuses(workspace, checkpoints, tmp_path, monkeypatch, change, 
     ('name', 'arguments', 'message'),
     [
         ('train.py', ['none.py'], 'there is no config none.py'),
-        ('train.py', [CLASSIFIER, '--resume', 'none.pth'], 'there is no checkpoint none.pth'),
+        ('train.py', [CLASSIFIER, '--resume', 'none.pth'], 'none.pth does not exist'),
         ('train.py', [CLASSIFIER, '--auto-scale-lr'], 'does not set auto_scale_lr'),
-        ('test.py', [CLASSIFIER, 'none.pth'], 'there is no checkpoint none.pth'),
+        ('test.py', [CLASSIFIER, 'none.pth'], 'none.pth does not exist'),
         ('test.py', ['none.py', __file__], 'there is no config none.py'),
     ],
 )
@@ -142,7 +143,7 @@ def test_missing_data_is_named(tmp_path):
     assert 'ADEChallengeData2016/images/training' in said and 'set the data_root of train_dataloader.dataset' in said
 
 
-def test_missing_weights_are_named_with_the_command_that_makes_them(workspace):  # noqa: F811
+def test_missing_weights_are_named_with_the_command_that_makes_them(workspace):
     config = config_of(workspace, 'mask-rcnn')
     arguments = ('model.backbone.init_cfg.checkpoint=none.pth', *OPTIONS)
     done = tool('train.py', config, '--work-dir', 'missing', '--cfg-options', *arguments, cwd=workspace)
@@ -171,7 +172,7 @@ def test_mixed_precision_reaches_the_runner(monkeypatch, tmp_path):
     for name, more in (('train', []), ('test', [str(tmp_path / 'some.pth')])):
         module = load_tool(name)
         monkeypatch.setattr(module, 'build_runner', build_runner)
-        monkeypatch.setattr(module, 'load_whole_model', lambda path: {}, raising=False)
+        monkeypatch.setattr(module, 'read_whole_model', lambda path: (path, {}))
         for amp in ([], ['--amp']):
             monkeypatch.setattr(sys, 'argv', [name, str(CLASSIFIER), *more, *amp])
             with pytest.raises(Built) as caught:
@@ -184,18 +185,27 @@ def test_mixed_precision_reaches_the_runner(monkeypatch, tmp_path):
                 assert cfg.test_cfg.get('fp16', False) == bool(amp)
 
 
+@pytest.mark.parametrize('option', ['--resume', 'load_from'])
+def test_training_does_not_run_code_of_a_checkpoint(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(state_dict={}, extra=Harmful(tmp_path / 'trace')), 'code.pth')
+    options = ['--resume', 'code.pth'] if option == '--resume' else ['--cfg-options', 'load_from=code.pth']
+    code, said = tool_here('train.py', CLASSIFIER, *options)
+    assert code == 2 and 'code.pth is refused' in said and not (tmp_path / 'trace').exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='it is for machines without a GPU')
 def test_mixed_precision_needs_a_gpu():
     code, said = tool_here('train.py', CLASSIFIER, '--amp')
     assert code == 2 and 'mixed precision needs a GPU' in said
 
 
-def test_checkpoint_of_another_model_is_not_evaluated(workspace, checkpoints):  # noqa: F811
+def test_checkpoint_of_another_model_is_not_evaluated(workspace, checkpoints):
     done = tool('test.py', CLASSIFIER, checkpoints['fpn'], '--cfg-options', *TEST_OPTIONS, cwd=workspace)
-    assert done.returncode == 2 and 'is not of the model of this config' in done.stderr
+    assert done.returncode == 2 and 'does not fit the model of this config' in done.stderr
 
 
-def test_evaluates_in_mixed_precision(workspace, checkpoints):  # noqa: F811
+def test_evaluates_in_mixed_precision(workspace, checkpoints):
     arguments = (CLASSIFIER, checkpoints['classification'], '--amp', '--json', 'amp.json')
     done = tool('test.py', *arguments, '--cfg-options', *TEST_OPTIONS, cwd=workspace)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -217,15 +227,15 @@ def test_learning_rate_scaling_reaches_the_runner(monkeypatch, tmp_path):
         assert caught.value.args[0].auto_scale_lr.get('enable', False) == bool(options)
 
 
-def test_two_processes_train_and_evaluate(workspace, tmp_path):  # noqa: F811
-    """The launchers of several GPUs, on CPUs; together the processes find what one finds."""
+def test_two_processes_train_and_evaluate(workspace, tmp_path):
+    """The launchers for several GPUs, on two CPU processes. Their metrics equal those of one process."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
 
     def launch(name, *arguments):
         path = f'{sys.exec_prefix}/bin{os.pathsep}{os.environ["PATH"]}'
-        environment = dict(os.environ, PORT=port, PATH=path, OMP_NUM_THREADS='1')
+        environment = dict(os.environ, PORT=port, PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
         command = [str(ROOT / 'tools' / name), *map(str, arguments)]
         return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -243,24 +253,3 @@ def test_two_processes_train_and_evaluate(workspace, tmp_path):  # noqa: F811
     assert together == json.loads((workspace / 'one.json').read_text())
     done = launch('dist_train.sh', CLASSIFIER)
     assert done.returncode == 2 and 'usage: ' in done.stderr
-
-
-LONG_JOB = """
-import subprocess, sys
-from soft_mm.cli import resumable_job
-with resumable_job():
-    subprocess.run([sys.executable, '-c', 'import time; print("started", flush=True); time.sleep(120)'], check=True)
-"""
-
-
-def test_job_that_is_ended_ends_its_training(environment):
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    job = subprocess.Popen([sys.executable, '-c', LONG_JOB], text=True, env=environment, **pipes)
-    assert job.stdout.readline() == 'started\n'
-    job.terminate()
-    # The training holds the pipe until it ends.
-    error = job.communicate(timeout=60)[1]
-    assert (
-        job.returncode == 1
-        and error == 'interrupted; the same command goes on from the newest checkpoint, if one was written\n'
-    )

@@ -1,18 +1,20 @@
-"""The model zoo: every config builds the published model; the tiny ones take a step and predict."""
+"""Every config of the model zoo builds the published model. The tiny models train for one step and predict."""
 
 import functools
-import importlib
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from test_configs import ROOT
 
+from soft_mm.models.arch import parse_arch
+from soft_mm.utils import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ('imagenet', 'coco', 'ade20k', 'cityscapes')
 CONFIGS = sorted(path for folder in FOLDERS for path in (ROOT / 'configs' / folder).glob('*.py'))
-# In millions, from the papers, which cut off some (45.81 of medium) and round others.
+# Millions of parameters in the papers, where some are truncated (45.81 of medium) and others rounded.
 PUBLISHED = {
     'soft': dict(tiny=13, small=24, medium=45, large=64, huge=87),
     'retinanet': dict(tiny=23, small=34, medium=55, large=74),
@@ -34,18 +36,11 @@ def names():
     yield 'cityscapes/upernet_soft-small-norm_8xb1-80k_cityscapes-1024x2048'
 
 
-def build(cfg):
-    scope = cfg.default_scope
-    importlib.import_module(f'{scope}.models')
-    init_default_scope(scope)
-    return MODELS.build(cfg.model)
-
-
 @functools.cache
 def empty_model(path):
-    """The model of a config without memory for its weights."""
+    """Build the model of a config on the meta device, which allocates no memory for the weights."""
     with torch.device('meta'):
-        return build(Config.fromfile(path))
+        return build_model(Config.fromfile(path))
 
 
 def without_weights(cfg):
@@ -62,7 +57,7 @@ def test_config_builds_the_published_model(config):
     cfg, model = Config.fromfile(config), empty_model(config)
     head, _, rest = config.stem.rpartition('soft-')
     arch, norm = rest.split('_')[0].removesuffix('-norm'), '-norm' in rest
-    assert model.backbone.arch == model.backbone._parse_arch(arch)
+    assert model.backbone.arch == parse_arch(arch)
     attention = cfg.model.backbone.attention
     assert attention.normalized == norm
     if head:
@@ -99,11 +94,12 @@ def test_recipe_of_the_authors():
         assert erasing.erase_prob == 0.25 and 'ColorJitter' not in pipeline
 
 
-def test_no_weight_decay_on_the_class_token_and_norms():
+def test_no_weight_decay_on_the_class_token_and_norms(use):
     from mmengine.optim import build_optim_wrapper
 
+    use('mmpretrain')
     cfg = Config.fromfile(ROOT / 'configs/imagenet/soft-tiny_8xb128_in1k.py')
-    model = build(cfg)
+    model = build_model(cfg)
     decays = {}
     for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups:
         for parameter in group['params']:
@@ -148,27 +144,28 @@ def image_batch(task, size):
 
 
 @pytest.mark.parametrize('config', [path for path in CONFIGS if 'tiny' in path.stem], ids=lambda path: path.stem)
-def test_tiny_models_take_a_step_and_predict(config):
+def test_tiny_models_take_a_step_and_predict(config, use):
     from mmengine.optim import build_optim_wrapper
 
     torch.manual_seed(0)
     cfg = without_weights(Config.fromfile(config))
+    use(cfg.default_scope)
     for part in ('decode_head', 'auxiliary_head'):
         if 'norm_cfg' in cfg.model.get(part, {}):
-            # There is one process.
+            # SyncBN needs several processes.
             cfg.model[part].norm_cfg.type = 'BN'
     size = (64, 64) if cfg.default_scope == 'mmpretrain' else (96, 128)
     if 'size' in cfg.model.get('data_preprocessor', {}):
         cfg.model.data_preprocessor.size = size
     if cfg.default_scope == 'mmpretrain':
         cfg.model.data_preprocessor = dict(type='ClsDataPreprocessor', num_classes=1000)
-    model = build(cfg)
+    model = build_model(cfg)
     model.init_weights()
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     decays = {id(group['params'][0]): group['weight_decay'] for group in wrapper.optimizer.param_groups}
     norms = [module for module in model.backbone.modules() if 'Norm' in type(module).__name__]
     if not config.stem.startswith(('deformable', 'retinanet')):
-        # Those two keep what mmdet's configs set.
+        # These two keep the weight decay of mmdet's configs.
         assert {decays[id(parameter)] for norm in norms for parameter in norm.parameters()} == {0}
         assert decays[id(model.backbone.stages[-1].pos_embed)] == 0 or config.parent.name == 'imagenet'
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -180,8 +177,9 @@ def test_tiny_models_take_a_step_and_predict(config):
     assert len(predictions) == 2
 
 
-def test_configs_are_inherited_from_elsewhere(tmp_path):
-    """Three lines in a folder of the user's: other classes, frozen stages, another neck."""
+def test_configs_are_inherited_from_elsewhere(tmp_path, use):
+    """A user's config of a few lines changes the classes, the frozen stages and the neck."""
+    use('mmdet')
     base = ROOT / 'configs/coco/mask-rcnn_soft-tiny-norm_fpn_1x_coco.py'
     mine = tmp_path / 'mine.py'
     mine.write_text(
@@ -190,7 +188,7 @@ def test_configs_are_inherited_from_elsewhere(tmp_path):
         'in_channels=[64, 128, 320, 512], out_channels=256, num_outs=5),\n'
         '             roi_head=dict(bbox_head=dict(num_classes=5), mask_head=dict(num_classes=5)))\n'
     )
-    model = build(Config.fromfile(mine)).train()
+    model = build_model(Config.fromfile(mine)).train()
     assert type(model.neck).__name__ == 'PAFPN' and model.roi_head.bbox_head.num_classes == 5
     frozen = [name for name, parameter in model.backbone.named_parameters() if not parameter.requires_grad]
     assert frozen and all(name.startswith(('stages.0.', 'stages.1.')) for name in frozen)
@@ -208,6 +206,6 @@ def test_documented_configs_build(block, tmp_path):
     mine = tmp_path / 'mine.py'
     mine.write_text(block.replace('/path/to/soft_mm', str(ROOT)))
     with torch.device('meta'):
-        model = build(without_weights(Config.fromfile(mine)))
+        model = build_model(without_weights(Config.fromfile(mine)))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert bool(frozen) == ('frozen_stages' in block)

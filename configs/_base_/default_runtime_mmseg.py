@@ -1,4 +1,4 @@
-# What mmsegmentation's own default_runtime.py sets. mmengine does not resolve `mmseg::` beside the maintained packages.
+# Copy of mmsegmentation's default_runtime.py: with the onedl-* packages, mmengine cannot resolve `mmseg::`.
 default_scope = 'mmseg'
 env_cfg = dict(
     cudnn_benchmark=True,

@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/default_runtime_mmseg.py',
 ]
 
-# Written by tools/convert_checkpoint.py from the authors' ImageNet weights, or trained with configs/imagenet.
+# ImageNet weights: the authors', converted by tools/convert_checkpoint.py, or trained with configs/imagenet.
 pretrained = 'checkpoints/soft-tiny-norm_in1k.pth'
 
 crop_size = (512, 1024)
@@ -32,8 +32,9 @@ train_pipeline = [
 ]
 train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 
-# What mmsegmentation's Mask2Former with Swin backbones sets. The longest key that matches decides, so the norms of the
-# backbone are named: `backbone` alone would let them decay. The deepest stage of all archs has 49 blocks.
+# Optimizer of mmsegmentation's Mask2Former with Swin backbones. mmengine applies only the longest key that matches a
+# parameter. The backbone's norms therefore need keys of their own: `backbone` alone would give them weight decay.
+# 49 is the largest number of blocks in a stage of any arch.
 no_decay = dict(decay_mult=0.0)
 slow_no_decay = dict(lr_mult=0.1, decay_mult=0.0)
 custom_keys = {f'backbone.stages.{i}.blocks.{j}.norm': slow_no_decay for i in range(4) for j in range(49)}

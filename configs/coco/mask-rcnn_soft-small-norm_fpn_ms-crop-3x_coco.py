@@ -3,7 +3,7 @@ _base_ = [
     '../_base_/models/soft_dense_backbone.py',
 ]
 
-# Written by tools/convert_checkpoint.py from the authors' ImageNet weights, or trained with configs/imagenet.
+# ImageNet weights: the authors', converted by tools/convert_checkpoint.py, or trained with configs/imagenet.
 pretrained = 'checkpoints/soft-small-norm_in1k.pth'
 
 model = dict(

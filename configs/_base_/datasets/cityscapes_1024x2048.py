@@ -10,7 +10,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 1024), keep_ratio=True),
-    # After the resize, which ground truth is spared.
+    # Annotations are loaded after the resize, so that the ground truth keeps its original size.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]

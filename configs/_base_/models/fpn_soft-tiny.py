@@ -1,15 +1,8 @@
-# Semantic FPN (https://arxiv.org/abs/1901.02446) on SOFT-Tiny.
+# Semantic FPN (https://arxiv.org/abs/1901.02446) with SOFT-Tiny.
+_base_ = './segmentor.py'
+
 model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size_divisor=32,
-    ),
+    data_preprocessor=dict(size_divisor=32),
     backbone=dict(type='soft_mm.SOFT', arch='tiny'),
     neck=dict(type='FPN', in_channels=[64, 128, 320, 512], out_channels=256, num_outs=4),
     decode_head=dict(
@@ -24,6 +17,4 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
 )

@@ -1,20 +1,13 @@
-# Mask2Former (https://arxiv.org/abs/2112.01527) for the widths of SOFT, with the parts of mmdet that mmsegmentation's
-# head wraps; the backbone is that of the config. Sizes and loss weights are those that mmsegmentation publishes.
+# Mask2Former (https://arxiv.org/abs/2112.01527) with SOFT's channel numbers. The inheriting config sets the backbone.
+# mmsegmentation's head is built from parts of mmdet. Sizes and loss weights are mmsegmentation's.
+_base_ = './segmentor.py'
+
 num_classes = 19
 attention_cfg = dict(embed_dims=256, num_heads=8, batch_first=True)
 cost_weights = dict(cls=2.0, mask=5.0, dice=5.0)
 positional_encoding = dict(num_feats=128, normalize=True)
 model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        test_cfg=dict(size_divisor=32),
-    ),
+    data_preprocessor=dict(test_cfg=dict(size_divisor=32)),
     decode_head=dict(
         type='Mask2FormerHead',
         in_channels=[64, 128, 320, 512],
@@ -85,6 +78,4 @@ model = dict(
             sampler=dict(type='mmdet.MaskPseudoSampler'),
         ),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
 )

@@ -1,4 +1,4 @@
-# SOFT with a linear head on the class token, and what the authors mix and smooth in training.
+# SOFT with a linear head on the class token. Label smoothing, mixup and cutmix are the authors' settings.
 model = dict(
     type='ImageClassifier',
     backbone=dict(

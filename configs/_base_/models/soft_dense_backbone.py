@@ -1,4 +1,4 @@
-# The backbone of every detector and segmentor. Why these landmarks and this solver: docs/long_tokens.md.
+# Backbone of all detectors and segmentors. docs/long_tokens.md explains the choice of landmarks and solver.
 soft_backbone = dict(
     type='soft_mm.SOFT',
     arch='tiny',

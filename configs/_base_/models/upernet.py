@@ -1,16 +1,9 @@
-# UperNet (https://arxiv.org/abs/1807.10221) for the widths of SOFT; the backbone is that of the config.
+# UperNet (https://arxiv.org/abs/1807.10221) with SOFT's channel numbers. The inheriting config sets the backbone.
+_base_ = './segmentor.py'
+
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 head_cfg = dict(norm_cfg=norm_cfg, dropout_ratio=0.1, num_classes=150, align_corners=False)
 model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-    ),
     decode_head=dict(
         **head_cfg,
         type='UPerHead',
@@ -30,6 +23,4 @@ model = dict(
         concat_input=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
 )

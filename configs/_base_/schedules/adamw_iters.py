@@ -1,5 +1,5 @@
-# AdamW, fused (on a CPU from PyTorch 2.4 on), with clipped gradients, and no weight decay on norms, biases, position
-# embeddings and class token.
+# AdamW with gradient clipping. Norms, biases, position embeddings and class token have no weight decay.
+# fused=True needs PyTorch 2.4 or newer on a CPU.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05, fused=True),

@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 
 from soft_mm import ops
@@ -155,17 +156,39 @@ class BaseAttention(BaseModule):
         return value_gradients(lambda values: self.attend(*others, values, grid=grid), v, points).unflatten(-1, grid)
 
 
+class QueryValueProjection(nn.Linear):
+    """Linear layer to queries and values. Queries are scaled by ``d^(-1/4)`` (SOFT, section 3.1).
+
+    Scaling the weights instead of the queries saves a pass over all tokens, and their memory.
+
+    Args:
+        embed_dims (int): Channels ``C``.
+        head_dims (int): Channels ``d`` of a head.
+    """
+
+    def __init__(self, embed_dims, head_dims):
+        super().__init__(embed_dims, 2 * embed_dims)
+        self.query_scale = head_dims**-0.25
+
+    def forward(self, x):
+        """Project tokens ``(B, n, C)`` to scaled queries and values, ``(B, n, C)`` each."""
+        scaled = []
+        for parameter in (self.weight, self.bias):
+            q_rows, v_rows = parameter.chunk(2)
+            scaled.append(torch.cat([q_rows * self.query_scale, v_rows]))
+        return F.linear(x, *scaled).chunk(2, dim=-1)
+
+
 class SharedQKAttention(BaseAttention):
     """Attention whose queries are also its keys, so its kernel is symmetric (SOFT, section 3.1)."""
 
     def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
-        self.qv = nn.Linear(embed_dims, 2 * embed_dims)
+        self.qv = QueryValueProjection(embed_dims, self.head_dims)
 
     def project(self, x, grid):
-        """Project tokens ``(B, n, C)`` to queries, scaled by ``d^(-1/4)``, and values, each ``(B, h, n, d)``."""
-        q, v = self.qv(x).chunk(2, dim=-1)
-        return split_heads(q * self.head_dims**-0.25, self.num_heads), split_heads(v, self.num_heads)
+        """Project tokens ``(B, n, C)`` to scaled queries and values, each ``(B, h, n, d)``."""
+        return tuple(split_heads(part, self.num_heads) for part in self.qv(x))
 
 
 def value_gradients(attend, v, points):

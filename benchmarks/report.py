@@ -1,0 +1,138 @@
+"""Reports of a token sweep: tables, CSV files and figures."""
+
+import csv
+import math
+import statistics
+from dataclasses import asdict
+
+from rich.markup import escape
+from rich.table import Table
+
+from soft_mm.utils import make_figure
+
+from .sweep import machine
+
+_CSV_KEYS = (
+    'name',
+    'height',
+    'width',
+    'tokens',
+    'status',
+    'seconds',
+    'seconds_low',
+    'seconds_high',
+    'bytes',
+    'multiply_adds',
+    'images_per_second',
+    'tokens_per_second',
+    'ratio',
+    'ratio_low',
+    'ratio_high',
+    'memory_ratio',
+    'message',
+)
+
+
+def growth_exponents(rows):
+    """Fit time, memory and multiply-adds as powers of the number of tokens.
+
+    Args:
+        rows (list[dict]): Rows of :func:`~benchmarks.sweep.run_sweep`.
+
+    Returns:
+        dict[str, dict]: Per target ``seconds``, ``bytes`` and ``multiply_adds``, each the slope of a least-squares fit
+            on logarithmic axes, or None for fewer than two points.
+    """
+    result = {}
+    for name in dict.fromkeys(row['name'] for row in rows):
+        measured = [row for row in rows if row['name'] == name and row['status'] == 'ok']
+        times = [(row['tokens'], row['seconds']['median']) for row in measured]
+        sizes = [(row['tokens'], row['bytes']) for row in measured if row.get('bytes')]
+        counts = [(row['tokens'], row['multiply_adds']) for row in measured if row.get('multiply_adds')]
+        result[name] = dict(seconds=_slope(times), bytes=_slope(sizes), multiply_adds=_slope(counts))
+    return result
+
+
+def _slope(points):
+    if len({tokens for tokens, _ in points}) < 2:
+        return None
+    return statistics.linear_regression(*([math.log(value) for value in axis] for axis in zip(*points))).slope
+
+
+def sweep_report(rows, options, peer=None):
+    """Collect a sweep in one dict.
+
+    Args:
+        rows (list[dict]): Rows of :func:`~benchmarks.sweep.run_sweep`.
+        options (SweepOptions): Settings of the sweep.
+        peer (Target | None): Target that the others were compared with. Defaults to None.
+
+    Returns:
+        dict: ``machine``, ``options``, ``peer`` (its name), ``rows`` and ``exponents``.
+    """
+    return dict(
+        machine=machine(options.device),
+        options=asdict(options),
+        peer=peer and peer.name,
+        rows=rows,
+        exponents=growth_exponents(rows),
+    )
+
+
+def print_report(report, console):
+    """Print the rows and the growth exponents as tables."""
+    mode = 'forward and backward' if report['options']['train'] else 'forward'
+    table = Table(title=f'{mode}, batch {report["options"]["batch_size"]}, {report["options"]["device"]}')
+    for header in ('', 'pixels', 'tokens', 'ms', 'quartiles', 'MiB', 'G multiply-adds', 'time ratio', 'memory ratio'):
+        table.add_column(header, justify='left' if header in ('', 'pixels') else 'right')
+    for row in report['rows']:
+        cells = [escape(row['name']), '{}x{}'.format(*row['size']), str(row['tokens'])]
+        if 'seconds' in row:
+            seconds = row['seconds']
+            cells += [f'{1e3 * seconds["median"]:.1f}', f'{1e3 * seconds["low"]:.1f}-{1e3 * seconds["high"]:.1f}']
+        if row['status'] != 'ok':
+            table.add_row(*cells, escape(row.get('message', row['status'])))
+            continue
+        cells += [f'{row["bytes"] / 2**20:.0f}' if 'bytes' in row else '']
+        cells += [f'{row["multiply_adds"] / 1e9:.2f}' if row['multiply_adds'] else '']
+        ratio = row.get('ratio')
+        cells += ['{median:.4g} ({low:.4g}-{high:.4g})'.format(**ratio) if ratio else '']
+        cells += [f'{row["memory_ratio"]:.3f}' if 'memory_ratio' in row else '']
+        table.add_row(*cells)
+    console.print(table)
+    if report['peer']:
+        console.print(f'ratios: relative to {report["peer"]}; times were measured in turns with it')
+    table = Table('', 'time', 'memory', 'multiply-adds', title='growth exponents against tokens')
+    for name, slopes in report['exponents'].items():
+        table.add_row(escape(name), *('' if slope is None else f'{slope:.3f}' for slope in slopes.values()))
+    console.print(table)
+
+
+def write_csv(report, path):
+    """Write the rows of a report as a CSV file."""
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, _CSV_KEYS)
+        writer.writeheader()
+        for row in report['rows']:
+            height, width = row['size']
+            flat = {key: value for key, value in row.items() if key in _CSV_KEYS} | dict(height=height, width=width)
+            for key in ('seconds', 'ratio'):
+                if key in row:
+                    flat |= {key: row[key]['median'], f'{key}_low': row[key]['low'], f'{key}_high': row[key]['high']}
+            writer.writerow(flat)
+
+
+def draw_report(report, path):
+    """Draw time and memory against tokens on logarithmic axes, with the growth exponents in the legend."""
+    panels = [('seconds', 'time (s)', 1)] + [('bytes', 'peak memory (MiB)', 2**20)] * report['options']['memory']
+    figure, axes = make_figure(1, len(panels), (6 * len(panels), 4.5))
+    for axis, (key, label, unit) in zip(axes[0], panels):
+        for name, slopes in report['exponents'].items():
+            rows = [row for row in report['rows'] if row['name'] == name and row['status'] == 'ok' and row[key]]
+            values = [(row[key]['median'] if key == 'seconds' else row[key]) / unit for row in rows]
+            slope = '' if slopes[key] is None else f', slope {slopes[key]:.2f}'
+            axis.plot([row['tokens'] for row in rows], values, marker='o', label=name + slope)
+        axis.set(xscale='log', yscale='log', xlabel='tokens of stage 1', ylabel=label)
+        axis.grid(alpha=0.3, which='both')
+        axis.legend(fontsize='small')
+    figure.savefig(path, dpi=120)

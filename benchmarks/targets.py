@@ -1,0 +1,281 @@
+"""The targets of a token sweep: attention operators alone and whole backbones, each with a short name."""
+
+import ast
+import functools
+import importlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from soft_mm.complexity import encodes_sequences, random_input
+from soft_mm.models.attention import build_attention
+from soft_mm.utils import read_config, toolbox_scope
+
+from .ablations import ABLATIONS, EVALUATION_ONLY, OPERATOR_ABLATIONS, REPLACEMENTS, ablate_attention
+
+# An operator alone has the ratio and the filters of stage 1.
+_STAGE_1 = dict(ratio=8, conv_size=9)
+#: Side in pixels of a token of stage 1, the same in every backbone here except DeiT.
+STRIDE = 4
+
+#: Short names of backbones, with configs for the registries of soft_mm and the toolboxes.
+BACKBONES = {
+    'soft-tiny': dict(type='soft_mm.SOFT', arch='tiny', attention=dict(solver='cholesky', max_landmarks=49)),
+    'soft-tiny-authors': dict(type='soft_mm.SOFT', arch='tiny'),
+    'resnet-50': dict(type='mmdet.ResNet', depth=50),
+    'swin-tiny': dict(type='mmdet.SwinTransformer', drop_path_rate=0.2),
+    'pvt-tiny': dict(type='mmdet.PyramidVisionTransformer', num_layers=[2, 2, 2, 2]),
+    'pvtv2-b1': dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=64, num_layers=[2, 2, 2, 2]),
+    'twins-pcpvt-small': dict(type='mmpretrain.PCPVT', arch='small', out_indices=(0, 1, 2, 3)),
+    'twins-svt-small': dict(type='mmpretrain.SVT', arch='small', out_indices=(0, 1, 2, 3)),
+    'deit-tiny': dict(type='mmpretrain.VisionTransformer', arch='deit-tiny', out_type='featmap'),
+}
+#: Short names of operators, with configs for :func:`~soft_mm.models.attention.build_attention`.
+OPERATORS = {
+    'attn-soft': dict(solver='cholesky', max_landmarks=49),
+    'attn-soft-norm': dict(solver='cholesky', max_landmarks=49, normalized=True),
+    'attn-soft-newton': dict(solver='newton', max_landmarks=49),
+    'attn-soft-newton-norm': dict(solver='newton', max_landmarks=49, normalized=True),
+    'attn-soft-unbounded': dict(solver='cholesky'),
+    'attn-soft-authors': dict(),
+    'attn-soft-authors-norm': dict(normalized=True),
+    'attn-soft-reference': dict(type='ReferenceAttention'),
+    'attn-softmax-fused': dict(type='SoftmaxAttention'),
+    'attn-softmax-plain': dict(type='PlainSoftmaxAttention'),
+    'attn-linformer': dict(type='LinformerAttention'),
+    'attn-performer': dict(type='PerformerAttention'),
+    'attn-nystrom': dict(type='NystromAttention'),
+    'attn-spatial-reduction': dict(type='SpatialReductionAttention'),
+    # Its quadratic cost is what a sweep shows, so the limit is out of the way.
+    'attn-gaussian': dict(type='GaussianKernelAttention', max_tokens=2**20),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to measure, as plain data that can be sent to a worker process.
+
+    Attributes:
+        name: Name as the user gave it.
+        kind: ``'operator'`` or ``'backbone'``.
+        config: Config of the attention or the backbone.
+        replacement: Key of :data:`~benchmarks.ablations.REPLACEMENTS`, applied to the built backbone, or None.
+        imports: Modules that register ``config['type']``, such as the ``custom_imports`` of a config file.
+    """
+
+    name: str
+    kind: str
+    config: dict
+    replacement: str | None = None
+    imports: tuple[str, ...] = ()
+
+    @property
+    def is_sequence(self):
+        """Whether the target encodes sequences. Its size is then ``(1, n)`` for ``n`` tokens."""
+        return encodes_sequences(self.config)
+
+    def tokens(self, size):
+        """Count the tokens of stage 1 for an image size in pixels, or the tokens of a sequence."""
+        return size[1] if self.is_sequence else math.prod(_grid(size))
+
+
+def _grid(size):
+    """Grid of stage 1 for an image size."""
+    return tuple(-(-side // STRIDE) for side in size)
+
+
+def parse_target(text):
+    """Read a target from its name.
+
+    Args:
+        text (str): ``BASE[:OPTIONS][@ABLATION]``. ``BASE`` is a key of :data:`OPERATORS` or :data:`BACKBONES`, the
+            registered name of a backbone with its scope (``mmdet.ResNet``), or a config file, whose backbone is
+            measured. ``OPTIONS`` override the config: ``key=value`` pairs separated by commas, as in
+            ``soft-tiny:arch=small,attention.max_landmarks=196``. ``ABLATION`` is one of
+            :data:`~benchmarks.ablations.ABLATIONS`.
+
+    Returns:
+        Target: The target.
+
+    Raises:
+        ValueError: For an unknown name or ablation, options that cannot be read, or an ablation that does not apply.
+    """
+    what, at, ablation = text.partition('@')
+    if at and ablation not in ABLATIONS:
+        raise ValueError(f'{text!r}: unknown ablation {ablation!r}; expected one of {list(ABLATIONS)}')
+    base, _, rest = what.partition(':')
+    options = _parse_options(rest, text)
+    if base in OPERATORS:
+        return _parse_operator(text, dict(OPERATORS[base], **options), ablation)
+    config, imports = _backbone_config(text, base)
+    config.merge_from_dict(options)
+    return _parse_backbone(text, config.to_dict(), ablation, imports)
+
+
+def _parse_operator(text, config, ablation):
+    if ablation and ablation not in OPERATOR_ABLATIONS:
+        raise ValueError(
+            f'{text!r}: ablation {ablation!r} changes nothing in an operator alone; expected one of '
+            f'{list(OPERATOR_ABLATIONS)}, or a backbone'
+        )
+    try:
+        if ablation:
+            config = ablate_attention(config, ablation)
+        with torch.device('meta'):
+            build_attention(config, 1, 1, **_STAGE_1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{text!r}: {error}') from None
+    return Target(text, 'operator', config)
+
+
+def _backbone_config(text, base):
+    """Find the config of a backbone, with its scope, and the modules to import for it."""
+    if base in BACKBONES:
+        return Config(BACKBONES[base]), ()
+    if base.endswith('.py') and Path(base).is_file():
+        cfg = read_config(base)
+        backbone = cfg.get('model', {}).get('backbone')
+        if backbone is None:
+            raise ValueError(f'{text!r}: the config has no model.backbone; give the config of a whole model')
+        scope = cfg.get('default_scope')
+        if scope and '.' not in backbone.type:
+            backbone.type = f'{scope}.{backbone.type}'
+        imports = cfg.get('custom_imports', {}).get('imports', ())
+        return Config(backbone), (imports,) if isinstance(imports, str) else tuple(imports)
+    if '.' in base and not base.endswith('.py'):
+        return Config(dict(type=base)), ()
+    raise ValueError(
+        f'{text!r}: unknown target; expected an operator {list(OPERATORS)}, a backbone {list(BACKBONES)}, a '
+        'registered backbone with its scope, such as mmdet.ResNet:depth=50, or an existing config file'
+    )
+
+
+def _parse_backbone(text, config, ablation, imports):
+    if not ablation:
+        return Target(text, 'backbone', config, imports=imports)
+    if config['type'].rpartition('.')[2] != 'SOFT':
+        raise ValueError(f'{text!r}: {config["type"]} has no ablations; they exist for soft_mm.SOFT only')
+    if ablation in REPLACEMENTS:
+        return Target(text, 'backbone', config, ablation, imports)
+    attention = config.get('attention') or {}
+    try:
+        if isinstance(attention, dict):
+            attention = ablate_attention(attention, ablation)
+        else:
+            attention = [ablate_attention(stage or {}, ablation) for stage in attention]
+    except ValueError as error:
+        raise ValueError(f'{text!r}: {error}') from None
+    return Target(text, 'backbone', dict(config, attention=attention), imports=imports)
+
+
+def _parse_options(text, whole):
+    """Parse ``a=1,b.c=x`` into a dict. Commas within brackets do not separate options."""
+    options, depth, start = {}, 0, 0
+    for end, letter in enumerate(f'{text},'):
+        depth += (letter in '([{') - (letter in ')]}')
+        if letter != ',' or depth:
+            continue
+        item, start = text[start:end].strip(), end + 1
+        if not item:
+            continue
+        key, equals, value = item.partition('=')
+        if not equals:
+            raise ValueError(f'{whole!r}: option {item!r} must have the form key=value')
+        try:
+            options[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            options[key.strip()] = value.strip()
+    return options
+
+
+def build_step(target, size, batch_size, train, device, heads=2, head_dims=32):
+    """Build a target and the function to be timed.
+
+    Args:
+        target (Target): What to build.
+        size (tuple[int, int]): Height and width of the images in pixels. An operator works on the grid of stage 1, a
+            quarter of each side. For a sequence ``(1, n)``.
+        batch_size (int): Number of images.
+        train (bool): Whether to run forward and backward, instead of forward alone.
+        device (torch.device | str): Device to compute on.
+        heads (int): Heads of an operator. Defaults to 2.
+        head_dims (int): Channels per head of an operator. Defaults to 32.
+
+    Returns:
+        Callable[[], None]: Function that runs one step.
+
+    Raises:
+        ValueError: If the backbone is not registered, if its replacement does not work in training, or for a sequence
+            whose size does not begin with 1.
+    """
+    if target.is_sequence and size[0] != 1:
+        raise ValueError(
+            f'{target.name!r} encodes sequences: size {size[0]}x{size[1]} must be 1xN, where N is the number of tokens'
+        )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        if target.kind == 'operator':
+            function, inputs, parameters = build_operator(target, size, batch_size, train, device, heads, head_dims)
+        else:
+            function, inputs, parameters = build_backbone(target, size, batch_size, train, device)
+
+    def step():
+        if not train:
+            with torch.no_grad():
+                function(*inputs)
+            return
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        for tensor in (*inputs, *parameters):
+            tensor.grad = None
+
+    return step
+
+
+def build_operator(target, size, batch_size, train, device, heads, head_dims):
+    """Build the attention of an operator, without its projections.
+
+    Returns:
+        tuple[Callable, list[Tensor], tuple[Parameter, ...]]: The function to time, its inputs, and parameters that may
+            receive a gradient. The inputs are random tokens after the attention's own projection.
+    """
+    grid = _grid(size)
+    module = build_attention(target.config, heads * head_dims, heads, **_STAGE_1).to(device).train(train)
+    x = torch.randn(batch_size, math.prod(grid), heads * head_dims, device=device)
+    with torch.no_grad():
+        projected = module.project(x, grid)
+    inputs = [tensor.detach().requires_grad_(train) for tensor in projected]
+    return functools.partial(module.attend, grid=grid), inputs, tuple(module.parameters())
+
+
+def build_backbone(target, size, batch_size, train, device):
+    """Build a backbone.
+
+    Returns:
+        tuple[nn.Module, list[Tensor], tuple[Parameter, ...]]: The model, its inputs, and its parameters.
+    """
+    if train and target.replacement in EVALUATION_ONLY:
+        raise ValueError(f'{target.name!r}: {target.replacement} is for evaluation only; measure it without training')
+    for module in target.imports:
+        importlib.import_module(module)
+    scope, _, kind = target.config['type'].rpartition('.')
+    scope = scope or 'mmengine'
+    try:
+        with toolbox_scope(Config(dict(default_scope=scope))), MODELS.switch_scope_and_registry(scope) as registry:
+            if registry.get(kind) is None:
+                raise ValueError(f'{target.name!r}: {target.config["type"]} is not in the registry of {scope}')
+            model = registry.build(dict(target.config, type=kind)).to(device)
+    except ModuleNotFoundError as error:
+        if error.name not in (scope, f'{scope}.models'):
+            raise
+        raise ValueError(f'{target.name!r} needs {scope}, which is not installed') from None
+    # Some backbones return nothing from train().
+    model.train(train)
+    if target.replacement:
+        REPLACEMENTS[target.replacement](model)
+    return model, [random_input(target.config, size, batch_size, device)], tuple(model.parameters())

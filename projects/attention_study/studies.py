@@ -1,0 +1,196 @@
+"""Define the studies: the small models, the cases to compare, and the data to train on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from projects.common.training import Task
+from projects.listops.listops_data import MANIFEST as LISTOPS_MANIFEST
+from projects.listops.listops_data import write_listops
+from projects.photo_digits.export import MANIFEST, export_photo_digits
+from projects.photo_digits.packed import pack_crops
+from soft_mm.utils import read_config
+
+
+@dataclass(frozen=True)
+class Study:
+    """One small model and the cases to compare on it.
+
+    Attributes:
+        name: Name of the study.
+        task: Training config and metric.
+        cases: Maps the name of a case to the backbone options that it sets.
+        groups: Maps the title of a table to the names of its cases. The first case is the reference of the others.
+        size: Input size for the measurement of costs, ``(1, n)`` for a sequence.
+        batch_size: Batch size for the measurement of costs.
+        prepare: Function of the seed and of whether the quick form is requested. It writes the data, and returns config
+            overrides that name them and a file that describes them.
+        cost_options: Backbone options for the measurement of costs only.
+    """
+
+    name: str
+    task: Task
+    cases: dict
+    groups: dict
+    size: tuple
+    batch_size: int
+    prepare: Callable
+    cost_options: dict = field(default_factory=dict)
+
+
+_QUICK_ITERS, _QUICK_BATCH = 8, 8
+_QUICK_SAMPLES = _QUICK_ITERS * _QUICK_BATCH
+#: Config overrides of the quick form.
+QUICK = {
+    'train_cfg.max_iters': _QUICK_ITERS,
+    'train_cfg.val_interval': _QUICK_ITERS,
+    'param_scheduler.0.end': 2,
+    'param_scheduler.1.begin': 2,
+    'param_scheduler.1.end': _QUICK_ITERS,
+    'train_dataloader.batch_size': _QUICK_BATCH,
+}
+#: Placeholder in the options of a case. :func:`with_seed` replaces it by the seed of the run.
+SEED = 'the seed of the run'
+
+
+def with_seed(case, seed):
+    """Return the options of a case with the placeholder :data:`SEED` replaced."""
+    return {key: seed if value is SEED else value for key, value in case.items()}
+
+
+def case_config(study, case, measured=False):
+    """Return the config of a case with seed 0.
+
+    Args:
+        study (Study): The study.
+        case (dict): Backbone options of the case.
+        measured (bool): Whether to apply the options for the measurement of costs. Defaults to False.
+
+    Returns:
+        Config: The config of the whole model.
+    """
+    cfg = read_config(study.task.config_file)
+    options = with_seed(case, 0) | (study.cost_options if measured else {})
+    cfg.merge_from_dict({f'model.backbone.{key}': value for key, value in options.items()})
+    return cfg
+
+
+def _attention(**options):
+    return {f'attention.{key}': value for key, value in options.items()}
+
+
+def _soft(max_landmarks, **options):
+    return _attention(max_landmarks=max_landmarks, **options)
+
+
+def _attentions(budget):
+    """Return SOFT and the baselines of the papers, each with ``budget`` landmarks, projected tokens or features."""
+    return {
+        'SOFT': _soft(budget),
+        'SOFT, normalised': _soft(budget, normalized=True),
+        'softmax': _attention(type='SoftmaxAttention'),
+        'Linformer': _attention(type='LinformerAttention', proj_tokens=budget),
+        'Performer': _attention(type='PerformerAttention', num_features=budget, seed=SEED),
+        'Nystromformer': _attention(type='NystromAttention', num_landmarks=budget),
+        'spatial reduction': _attention(type='SpatialReductionAttention'),
+        'full Gaussian kernel': _attention(type='GaussianKernelAttention'),
+    }
+
+
+# Photo-digits: at most 16 landmarks per stage, which are all tokens of the later stages. The baselines get 16 too.
+
+_CROPS = Path('data/photo_digits_comparison')
+_CROPS_BUDGET = 16
+_CROP_ATTENTIONS = _attentions(_CROPS_BUDGET)
+_CROP_CASES = {
+    **_CROP_ATTENTIONS,
+    'sampler mean': _soft(_CROPS_BUDGET, sampler='mean'),
+    'sampler random': _soft(_CROPS_BUDGET, sampler='random', seed=SEED),
+    'Cholesky': _soft(_CROPS_BUDGET, solver='cholesky'),
+    'SVD': _soft(_CROPS_BUDGET, solver='svd'),
+    '1 landmark': _soft(1),
+    '4 landmarks': _soft(4),
+    'unbounded landmarks': {},
+    '1 iteration': _soft(_CROPS_BUDGET, newton_iterations=1),
+    '5 iterations': _soft(_CROPS_BUDGET, newton_iterations=5),
+    '10 iterations': _soft(_CROPS_BUDGET, newton_iterations=10),
+    'Cholesky, normalised': _soft(_CROPS_BUDGET, normalized=True, solver='cholesky'),
+}
+_CROP_GROUPS = {
+    'attention': tuple(_CROP_ATTENTIONS),
+    'sampler': ('SOFT', 'sampler mean', 'sampler random'),
+    'inverse': ('SOFT', 'Cholesky', 'SVD'),
+    'landmarks': ('SOFT', '1 landmark', '4 landmarks', 'unbounded landmarks'),
+    'Newton iterations': ('SOFT', '1 iteration', '5 iterations', '10 iterations'),
+    'normalisation': ('SOFT', 'SOFT, normalised', 'Cholesky', 'Cholesky, normalised'),
+}
+_CROPS_TASK = Task(
+    'photo-digits', 'projects/attention_study/configs/photo_digits_study.py', {'accuracy/top1': ('top1', 0.01)}
+)
+
+
+def _prepare_crops(seed, quick):
+    cfg = read_config(_CROPS_TASK.config_file)
+    # Large, nearly upright digits on half-faded photographs: the full task takes more than minutes to learn.
+    digits = dict(digit_size=(0.8, 0.9), max_angle=10.0)
+    crops = dict(digits, size=48, background=0.5)
+    val = Path(f'{_CROPS}_quick' if quick else _CROPS)
+    export_photo_digits(val, splits=('val',), num_crops=100 if quick else 1000, num_scenes=1, crop_options=crops)
+    # The same order as for the demo's classifier: small crops whose background fades in, then crops as in validation.
+    shapes = (dict(digits, size=32, background=(0.0, 0.5)), crops)
+    lengths = (
+        (_QUICK_SAMPLES // 2,) * 2 if quick else (cfg.batch_size * cfg.small_iters, cfg.batch_size * cfg.full_iters)
+    )
+    options = {
+        f'train_dataloader.dataset.datasets.{i}.ann_file': pack_crops(
+            f'{_CROPS}_packed', 2 * seed + i, length, recolour=0.8, **shape
+        )
+        for i, (shape, length) in enumerate(zip(shapes, lengths))
+    }
+    for loader in ('val_dataloader', 'test_dataloader'):
+        options[f'{loader}.dataset.data_root'] = f'{val}/'
+    return options, val / MANIFEST
+
+
+# ListOps: sequences, with a budget of 32.
+
+_LISTOPS = Path('data/listops_comparison')
+_LISTOPS_CASES = _attentions(32)
+_LISTOPS_TASK = Task('listops', 'projects/attention_study/configs/listops_study.py', {'accuracy/top1': ('top1', 0.01)})
+
+
+def _prepare_listops(seed, quick):
+    cfg = read_config(_LISTOPS_TASK.config_file)
+    train, val = (_QUICK_SAMPLES, 32) if quick else (cfg.batch_size * cfg.max_iters, 2000)
+    folder = _LISTOPS / f'{train}_{val}_{cfg.min_length}_{cfg.max_length}_{seed}'
+    write_listops(folder, train, val, 1, cfg.min_length, cfg.max_length, seed=seed)
+    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    return {f'{loader}.dataset.data_root': f'{folder}/' for loader in loaders}, folder / LISTOPS_MANIFEST
+
+
+#: Studies by name.
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            'photo-digits',
+            _CROPS_TASK,
+            _CROP_CASES,
+            _CROP_GROUPS,
+            size=(48, 48),
+            batch_size=64,
+            prepare=_prepare_crops,
+        ),
+        # Costs are measured at the sequence length of Long Range Arena.
+        Study(
+            'listops',
+            _LISTOPS_TASK,
+            _LISTOPS_CASES,
+            {'attention': tuple(_LISTOPS_CASES)},
+            size=(1, 2048),
+            batch_size=4,
+            prepare=_prepare_listops,
+            cost_options=dict(length=2048),
+        ),
+    )
+}

@@ -1,0 +1,44 @@
+"""Reading the work dir that a runner of mmengine leaves."""
+
+import json
+from pathlib import Path
+
+
+def read_scalars(work_dir):
+    """Read the logged scalars of all runs in a work dir, oldest run first.
+
+    Args:
+        work_dir (str | Path): Work dir of a runner with mmengine's ``LocalVisBackend``.
+
+    Returns:
+        list[dict]: Records of training (with ``loss``) and of evaluation, each with ``step``. Where a resumed run
+            repeated iterations, only its training records of those iterations are kept.
+    """
+    records = []
+    for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        run = []
+        for line in path.read_text().splitlines():
+            try:
+                run.append(json.loads(line))
+            except json.JSONDecodeError:
+                # An interrupted run may leave an incomplete last line.
+                continue
+        first = min((record['step'] for record in run if 'loss' in record), default=float('inf'))
+        records = [record for record in records if 'loss' not in record or record['step'] < first] + run
+    return records
+
+
+def last_checkpoint(work_dir):
+    """Return the newest checkpoint of a work dir.
+
+    Args:
+        work_dir (str | Path): Work dir of a runner with mmengine's ``CheckpointHook``. It may have been moved.
+
+    Returns:
+        Path | None: The checkpoint, or None if there is none or its file is missing.
+    """
+    note = Path(work_dir) / 'last_checkpoint'
+    if not note.is_file():
+        return None
+    checkpoint = Path(work_dir) / Path(note.read_text().strip()).name
+    return checkpoint if checkpoint.is_file() else None

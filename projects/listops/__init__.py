@@ -1,0 +1,6 @@
+"""ListOps: sequences in place of images. Importing this package registers its data set and its models in mmengine."""
+
+from .encoder import SequenceEncoder, SequencePreprocessor
+from .listops_data import ListOps
+
+__all__ = ['ListOps', 'SequenceEncoder', 'SequencePreprocessor']

@@ -1,0 +1,50 @@
+# Crops with one digit, for mmpretrain. Training crops are composed on the fly. Validation crops are read from disk;
+# write them with `python -m projects.photo_digits.make_dataset`. Training crops are not shuffled: all of them differ,
+# and the easy ones come first (small crops with a background that fades in, then crops of the validation size).
+data_root = 'data/photo_digits_demo/'
+batch_size = 64
+small_iters = 600
+full_iters = 800
+train_pipeline = [dict(type='PackInputs')]
+
+data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+train_dataloader = dict(
+    batch_size=batch_size,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=False),
+    dataset=dict(
+        type='ConcatDataset',
+        datasets=[
+            dict(
+                type='PhotoDigitsCrops',
+                seed=0,
+                length=batch_size * small_iters,
+                generator=dict(size=32, background=(0.0, 1.0), recolour=0.8),
+                pipeline=train_pipeline,
+            ),
+            dict(
+                type='PhotoDigitsCrops',
+                seed=1,
+                length=batch_size * full_iters,
+                generator=dict(recolour=0.8),
+                pipeline=train_pipeline,
+            ),
+        ],
+    ),
+)
+val_dataloader = dict(
+    batch_size=100,
+    num_workers=1,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CustomDataset',
+        data_root=data_root,
+        data_prefix='val/crops',
+        classes=[str(digit) for digit in range(10)],
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+    ),
+)
+val_evaluator = dict(type='Accuracy', topk=(1,))
+test_dataloader = val_dataloader
+test_evaluator = val_evaluator

@@ -1,0 +1,120 @@
+"""The demo: pretrain a classifier on photo-digits, use its backbone in a detector and a segmentor, and train both.
+
+An interrupted demo resumes, and finished trainings are not repeated: see :mod:`projects.common.training`.
+"""
+
+import argparse
+import multiprocessing
+import platform
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from projects.common.jobs import resumable_job
+from projects.common.run_logs import last_checkpoint
+from projects.common.training import Task, train_task
+from soft_mm.utils import write_json
+
+from .export import MANIFEST, export_photo_digits
+from .pictures import draw_loss_curves, draw_predictions
+
+DATA = Path('data/photo_digits_demo')
+NUM_VAL = dict(num_crops=1000, num_scenes=200)
+
+_CONFIGS = 'projects/photo_digits/configs'
+CLASSIFICATION = Task(
+    'classification',
+    f'{_CONFIGS}/soft-tiny_photo-digits-crops.py',
+    {'accuracy/top1': ('top1', 0.01)},
+)
+DETECTION = Task(
+    'detection',
+    f'{_CONFIGS}/mask-rcnn_soft-tiny_fpn_photo-digits.py',
+    {f'coco/{kind}_{name}': (f'{kind}_{name}', 1) for kind in ('bbox', 'segm') for name in ('mAP', 'mAP_50')},
+)
+SEGMENTATION = Task('segmentation', f'{_CONFIGS}/fpn_soft-tiny_photo-digits.py', {'mIoU': ('mIoU', 0.01)})
+
+
+def run_demo(work_dir='work_dirs/demo', from_scratch=False):
+    """Train all models of the demo, draw the pictures, and write ``summary.json``.
+
+    Args:
+        work_dir (str | Path): Folder of all results. Only the data set is written elsewhere, to
+            ``data/photo_digits_demo``.
+        from_scratch (bool): Train the detector and the segmentor from random initialisation, and no classifier.
+
+    Returns:
+        dict: The summary.
+
+    Raises:
+        RuntimeError: If a training fails.
+    """
+    console = Console()
+    work_dir = Path(work_dir)
+    console.rule('photo-digits: validation data')
+    if not export_photo_digits(DATA, splits=('val',), **NUM_VAL):
+        console.print(f'{DATA} is already complete')
+    summary = {}
+    pretrained = None
+    tasks = (DETECTION, SEGMENTATION) if from_scratch else (CLASSIFICATION, DETECTION, SEGMENTATION)
+    for task in tasks:
+        console.rule(f'{task.name}: {task.config}')
+        if task is CLASSIFICATION:
+            options = {}
+        elif from_scratch:
+            options = {'model.backbone.init_cfg': None}
+        else:
+            options = {'model.backbone.init_cfg.checkpoint': pretrained}
+        summary[task.name] = train_task(task, work_dir / task.name, DATA / MANIFEST, console, options, pretrained)
+        if task is CLASSIFICATION:
+            pretrained = last_checkpoint(work_dir / task.name)
+    console.rule('pictures')
+    draw_loss_curves({task.name: work_dir / task.name for task in tasks}, work_dir / 'loss_curves.png')
+    for task in (DETECTION, SEGMENTATION):
+        picture = work_dir / f'{task.name}.png'
+        # mmengine shares visualizers of the same name within a process, so each toolbox draws in a process of its own.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+            pool.submit(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture).result()
+    summary['versions'] = _versions()
+    path = work_dir / 'summary.json'
+    write_json(path, summary)
+    _print_summary(summary, console)
+    console.print(f'Results: {path}; pictures in the same folder: loss_curves.png, detection.png, segmentation.png')
+    return summary
+
+
+def _versions():
+    names = ('torch', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'soft_mm')
+    return dict(python=platform.python_version(), **{name: import_module(name).__version__ for name in names})
+
+
+def _print_summary(summary, console):
+    table = Table('task', 'metric', 'value', title='photo-digits, validation split')
+    for name, values in summary.items():
+        if name == 'versions':
+            continue
+        for metric, value in values.items():
+            table.add_row(name, metric, f'{value:.1f}' if metric == 'seconds' else f'{value:.4f}')
+    console.print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        'python -m projects.photo_digits.demo',
+        description='Train a classifier, a detector and a segmentor on photo-digits; write metrics and pictures.',
+    )
+    parser.add_argument(
+        '--from-scratch',
+        action='store_true',
+        help='train the detector and the segmentor from random initialisation, in work_dirs/demo-scratch',
+    )
+    args = parser.parse_args()
+    with resumable_job():
+        run_demo('work_dirs/demo-scratch' if args.from_scratch else 'work_dirs/demo', args.from_scratch)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,66 @@
+"""Write the data set photo-digits into a folder."""
+
+import argparse
+
+from .export import export_photo_digits
+from .sources import SPLITS
+
+
+def build_parser():
+    parser = argparse.ArgumentParser('python -m projects.photo_digits.make_dataset', description=__doc__)
+    parser.add_argument('out', help='folder to write: a new or an empty folder, or one that this program wrote')
+    parser.add_argument('--split', nargs='+', choices=SPLITS, default=SPLITS, help='splits to write (default: both)')
+    parser.add_argument('--crops', type=int, default=1000, help='crops per split (default: %(default)s)')
+    parser.add_argument('--scenes', type=int, default=200, help='scenes per split (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the samples (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=256, help='side of a scene in pixels (default: %(default)s)')
+    parser.add_argument('--crop-size', type=int, default=64, help='side of a crop in pixels (default: %(default)s)')
+    parser.add_argument(
+        '--num-digits',
+        type=int,
+        nargs=2,
+        default=(2, 6),
+        metavar=('MIN', 'MAX'),
+        help='digits per scene (default: 2 6)',
+    )
+    parser.add_argument(
+        '--digit-size',
+        type=int,
+        nargs=2,
+        metavar=('MIN', 'MAX'),
+        help='longest side of the digits of a scene in pixels (default: 20 100, less in small scenes)',
+    )
+    parser.add_argument(
+        '--background',
+        type=float,
+        default=1.0,
+        help='strength of the background, from 0 (its mean colour) to 1 (photograph) (default: %(default)s)',
+    )
+    return parser
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        written = export_photo_digits(
+            args.out,
+            splits=args.split,
+            num_crops=args.crops,
+            num_scenes=args.scenes,
+            seed=args.seed,
+            crop_options=dict(size=args.crop_size, background=args.background),
+            scene_options=dict(
+                size=args.size,
+                num_digits=args.num_digits,
+                digit_size=args.digit_size,
+                background=args.background,
+            ),
+        )
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f'{args.out}: ' + ('written' if written else 'already complete, nothing to do'))
+
+
+if __name__ == '__main__':
+    main()

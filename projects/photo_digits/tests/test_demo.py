@@ -1,0 +1,165 @@
+"""The demo: which trainings are resumed, skipped or repeated, and what the summary holds."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mmengine.config import Config
+
+from projects.common import training as training_module
+from projects.photo_digits import demo
+
+METRICS = {
+    'classification': {'accuracy/top1': 91.5},
+    'detection': {
+        'coco/bbox_mAP': 0.6,
+        'coco/bbox_mAP_50': 0.9,
+        'coco/segm_mAP': 0.5,
+        'coco/segm_mAP_50': 0.85,
+    },
+    'segmentation': {'mIoU': 63.0},
+}
+
+
+def write_run(work_dir, name, records):
+    folder = work_dir / name / 'vis_data'
+    folder.mkdir(parents=True)
+    (folder / 'scalars.json').write_text('\n'.join(json.dumps(record) for record in records))
+
+
+class FakeTraining:
+    """Replaces ``tools/train.py`` and ``tools/test.py``: writes a checkpoint and metrics, or fails."""
+
+    def __init__(self):
+        self.commands = []
+        self.failing = set()
+        self.without_evaluation = set()
+
+    def __call__(self, command, check, env):
+        assert env['PYTHONPATH'].split(os.pathsep)[0] == str(training_module.ROOT)
+        self.commands.append(command)
+        if command[1].endswith('test.py'):
+            Path(command[command.index('--json') + 1]).write_text(json.dumps(METRICS['classification']))
+            return
+        work_dir = Path(command[command.index('--work-dir') + 1])
+        (work_dir / 'iter_1.pth').write_bytes(work_dir.name.encode())
+        (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_1.pth'))
+        if work_dir.name in self.failing:
+            raise subprocess.CalledProcessError(3, command)
+        if work_dir.name in self.without_evaluation:
+            return
+        write_run(
+            work_dir, f'run{len(self.commands)}', [dict(loss=1.0, step=1), dict(step=1, **METRICS[work_dir.name])]
+        )
+
+    @property
+    def trained(self):
+        return [Path(c[c.index('--work-dir') + 1]).name for c in self.commands if c[1].endswith('train.py')]
+
+
+@pytest.fixture
+def training(monkeypatch, tmp_path):
+    """Replace the trainings, the data and the pictures of predictions."""
+    fake = FakeTraining()
+    monkeypatch.chdir(tmp_path)
+    # Only the trainings are replaced: matplotlib also runs programs, to build its font cache.
+    monkeypatch.setattr(training_module, 'subprocess', SimpleNamespace(**{**vars(subprocess), 'run': fake}))
+
+    def export(out, **kwargs):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'photo_digits.json').write_text('{}')
+        return True
+
+    class Inline:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def submit(self, function, config, checkpoint, picture):
+            picture.write_bytes(b'')
+            return type('Done', (), dict(result=lambda self: None))()
+
+    monkeypatch.setattr(demo, 'export_photo_digits', export)
+    monkeypatch.setattr(demo, 'ProcessPoolExecutor', Inline)
+    return fake
+
+
+def test_summary_and_order(training, tmp_path):
+    summary = demo.run_demo('demo')
+    assert training.trained == ['classification', 'detection', 'segmentation']
+    assert f'model.backbone.init_cfg.checkpoint={Path("demo/classification/iter_1.pth")}' in training.commands[1]
+    assert json.loads((tmp_path / 'demo/summary.json').read_text()) == summary
+    assert summary['classification']['top1'] == 0.915
+    assert summary['detection']['bbox_mAP_50'] == 0.9 and summary['segmentation']['mIoU'] == 0.63
+    assert all(summary[task]['seconds'] >= 0 for task in METRICS)
+    assert {'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'soft_mm'} <= summary['versions'].keys()
+    assert (tmp_path / 'demo/loss_curves.png').stat().st_size > 1000
+
+
+def test_finished_trainings_are_not_repeated(training):
+    first = demo.run_demo('demo')
+    assert demo.run_demo('demo') == first
+    assert len(training.commands) == 3
+
+
+def test_interrupted_demo_resumes(training):
+    training.failing = {'detection'}
+    with pytest.raises(RuntimeError, match='detection failed with exit code 3'):
+        demo.run_demo('demo')
+    training.failing = set()
+    demo.run_demo('demo')
+    assert training.trained == ['classification', 'detection', 'detection', 'segmentation']
+    assert '--resume' in training.commands[2]
+
+
+def test_training_interrupted_before_its_evaluation_is_evaluated(training):
+    training.without_evaluation = {'classification'}
+    assert demo.run_demo('demo')['classification']['top1'] == 0.915
+    assert training.commands[1][1].endswith('test.py')
+
+
+def test_finished_training_without_its_checkpoint_is_repeated(training, tmp_path):
+    demo.run_demo('demo')
+    (tmp_path / 'demo/classification/iter_1.pth').unlink()
+    demo.run_demo('demo')
+    assert training.trained[3] == 'classification'
+
+
+def test_checkpoint_of_an_unknown_run_is_not_resumed(training, tmp_path):
+    folder = tmp_path / 'demo' / 'classification'
+    folder.mkdir(parents=True)
+    (folder / 'iter_1.pth').write_bytes(b'of another run')
+    (folder / 'last_checkpoint').write_text('iter_1.pth')
+    demo.run_demo('demo')
+    assert '--resume' not in training.commands[0]
+    (kept,) = (tmp_path / 'demo').glob('classification.*-*')
+    assert (kept / 'iter_1.pth').read_bytes() == b'of another run'
+
+
+def test_configs_name_the_checkpoint_of_the_demo():
+    iterations = Config.fromfile(demo.CLASSIFICATION.config_file).train_cfg.max_iters
+    for task in (demo.DETECTION, demo.SEGMENTATION):
+        checkpoint = Config.fromfile(task.config_file).model.backbone.init_cfg.checkpoint
+        assert checkpoint == f'work_dirs/demo/classification/iter_{iterations}.pth'
+
+
+def test_changed_classifier_repeats_the_trainings_that_start_from_it_and_keeps_the_old_runs(training, tmp_path):
+    demo.run_demo('demo')
+    (tmp_path / 'demo/classification/iter_1.pth').write_bytes(b'other weights')
+    demo.run_demo('demo')
+    assert training.trained[3:] == ['detection', 'segmentation']
+    assert len(list((tmp_path / 'demo').glob('detection.*-*'))) == 1
+
+
+def test_from_scratch_trains_no_classifier(training):
+    summary = demo.run_demo('scratch', from_scratch=True)
+    assert training.trained == ['detection', 'segmentation'] and 'classification' not in summary
+    assert all('model.backbone.init_cfg=None' in command for command in training.commands)
