@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import mmcv
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ def draw_attention(image, rows, points, out_file, heads=None):
         for axis, head in zip(axes[line], heads):
             weights = F.interpolate(row[None, None, head], size=(height, width), mode='bilinear')[0, 0].cpu().numpy()
             bound = max(abs(weights).max(), 1e-12)
-            axis.imshow(mmcv.imconvert(mmcv.imconvert(image, 'rgb', 'gray'), 'gray', 'rgb'))
+            axis.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap='gray', vmin=0, vmax=255)
             # SOFT has negative weights too.
             axis.imshow(weights, cmap='RdBu_r', vmin=-bound, vmax=bound, alpha=0.6)
             axis.plot(*point, marker='+', color='lime', markersize=9, markeredgewidth=2)
