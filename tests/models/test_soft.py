@@ -372,7 +372,7 @@ BAD_OPTIONS = [
     (
         dict(attention=dict(type='FlashAttention9')),
         ValueError,
-        r"'FlashAttention9' is unknown; choose one of \['GaussianKernelAttention', .*'SoftmaxFreeAttention', ",
+        r"'FlashAttention9' is unknown; choose one of \[.*'GaussianKernelAttention', .*'SoftmaxFreeAttention', ",
     ),
     (dict(attention=dict(type='soft_mm.SOFT')), ValueError, "'soft_mm.SOFT' does not take .*; choose one of"),
     (
