@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from soft_mm.complexity import config_complexity
+from soft_mm.utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = 'model-index.yml'
@@ -47,7 +48,7 @@ def write_measured(root):
         for model in content['Models']:
             model['Metadata'].update(measure(root, model))
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-        file.write_text(text, encoding='utf-8')
+        write_text(file, text)
 
 
 def measure(root, model):
@@ -122,7 +123,7 @@ def stale_readmes(root, write):
         if new != text:
             stale.append(file)
             if write:
-                file.write_text(new, encoding='utf-8')
+                write_text(file, new)
     return stale
 
 

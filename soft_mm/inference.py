@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch.nn as nn
 from mmengine.model import is_model_wrapper
 from mmengine.registry import init_default_scope
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from soft_mm.checkpoints.matching import check_whole_model
+from soft_mm.checkpoints.matching import check_whole_model, find_state_dict
 from soft_mm.checkpoints.reading import load_weights, local_file
 from soft_mm.models.soft import PatchEmbed
 from soft_mm.utils import build_model, read_config
@@ -49,6 +51,25 @@ def find_images(path):
     return [str(file) for file in files]
 
 
+def read_image(path):
+    """Read an image file.
+
+    Args:
+        path (str | Path): Image file.
+
+    Returns:
+        ndarray: ``(H, W, 3)`` uint8, RGB.
+
+    Raises:
+        ValueError: If OpenCV cannot read the format.
+    """
+    # OpenCV itself cannot open every path on Windows.
+    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(f'{path} cannot be read by OpenCV: convert it to PNG or JPEG')
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
 def check_weights(model, checkpoint, path):
     """Check that a checkpoint has every weight of a model. The toolboxes do not check this.
 
@@ -64,7 +85,7 @@ def check_weights(model, checkpoint, path):
         ValueError: If weights are missing or have another shape. Position embeddings are resized, so their grid may
             differ.
     """
-    found = {key.removeprefix('module.'): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
+    found = {key.removeprefix('module.'): value for key, value in find_state_dict(checkpoint, path).items()}
     check_whole_model(found, (model.module if is_model_wrapper(model) else model).state_dict(), path)
     return found
 
@@ -83,10 +104,10 @@ def read_whole_model(source):
         ValueError: If it cannot be read (:func:`~soft_mm.checkpoints.load_weights`), or is a safetensors file, which
             the toolboxes do not read.
     """
-    file = local_file(source)
-    if file.endswith('.safetensors'):
+    if str(source).endswith('.safetensors'):
         raise ValueError(f'{source}: the toolboxes read whole models from .pth files only; convert it to .pth')
-    return file, load_weights(file)
+    content = load_weights(source)
+    return local_file(source), content
 
 
 def load_model(config, checkpoint):

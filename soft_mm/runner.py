@@ -75,7 +75,6 @@ def missing_files():
     try:
         yield
     except FileNotFoundError as error:
-        # Messages about weights, and about data that a program writes, already say what to do.
-        complete = 'init_cfg' in str(error) or 'python -m projects.' in str(error)
+        # The message about weights already says what to do.
         hint = '; if it belongs to a data set, set the data_root of train_dataloader.dataset, and of val and test'
-        sys.exit(f'{error}{"" if complete else hint}')
+        sys.exit(f'{error}{"" if "init_cfg" in str(error) else hint}')

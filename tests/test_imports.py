@@ -99,8 +99,12 @@ def circle(modules, imports):
     graph = defaultdict(set)
     for found in imports:
         counts = not found.in_function or below(found.source, 'soft_mm')
-        if counts and found.target in modules:
-            graph[found.source].add(found.target)
+        # Importing a.b.c runs a/__init__.py and a/b/__init__.py first, except those that are already being imported.
+        parts = found.target.split('.')
+        targets = {'.'.join(parts[:length]) for length in range(1, len(parts) + 1)}
+        targets = {target for target in targets if target == found.target or not below(found.source, target)}
+        if counts:
+            graph[found.source] |= targets & set(modules)
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -286,6 +290,19 @@ def test_relative_import_of_a_package_starts_in_it(tree):
 )
 def test_circle_is_found(tree, path, text, members):
     _, modules, imports = tree({path: text})
+    assert set(circle(modules, imports)) == members
+
+
+def test_circle_through_the_init_of_another_package_is_found(tree):
+    """Importing ``checkpoints.reading`` runs ``checkpoints/__init__.py``, which imports the models again."""
+    changes = {
+        'soft_mm/checkpoints/__init__.py': 'from .convert import convert',
+        'soft_mm/checkpoints/convert.py': 'from soft_mm.models import SOFT',
+        'soft_mm/checkpoints/reading.py': '',
+        'soft_mm/models/soft.py': 'from soft_mm.checkpoints.reading import read',
+    }
+    members = {'soft_mm.checkpoints', 'soft_mm.checkpoints.convert', 'soft_mm.models', 'soft_mm.models.soft'}
+    _, modules, imports = tree(changes)
     assert set(circle(modules, imports)) == members
 
 

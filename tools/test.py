@@ -18,21 +18,18 @@ def main():
         try:
             cfg = load_config(parser, args)
             # mmengine would run code that the file holds.
-            file, weights = read_whole_model(args.checkpoint)
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
-        cfg.load_from = file
-        # The checkpoint has every weight.
-        cfg.model.backbone.init_cfg = None
-        if args.amp:
-            cfg.test_cfg.fp16 = True
-        runner = build_runner(cfg)
-        try:
-            check_weights(runner.model, weights, file)
+            cfg.load_from, weights = read_whole_model(args.checkpoint)
+            # The checkpoint has every weight.
+            cfg.model.backbone.init_cfg = None
+            if args.amp:
+                cfg.test_cfg.fp16 = True
+            runner = build_runner(cfg)
+            check_weights(runner.model, weights, args.checkpoint)
         except ValueError as error:
             parser.error(str(error))
         metrics = runner.test()
     if args.json and is_main_process():
+        # Not atomically: the user may name a device such as /dev/stdout.
         Path(args.json).write_text(json.dumps({key: float(value) for key, value in metrics.items()}, indent=2) + '\n')
 
 

@@ -3,10 +3,8 @@
 import argparse
 import re
 
-import cv2
-
 from soft_mm.attention_maps import draw_attention, image_attention
-from soft_mm.inference import find_images, load_model
+from soft_mm.inference import find_images, load_model, read_image
 
 
 def point(text):
@@ -30,7 +28,7 @@ def main():
         images = find_images(args.image)
         if len(images) > 1:
             raise ValueError(f'{args.image} holds {len(images)} images; give one image file')
-        image = cv2.cvtColor(cv2.imread(images[0]), cv2.COLOR_BGR2RGB)
+        image = read_image(images[0])
         model = load_model(args.config, args.checkpoint)
         rows = image_attention(model, image, args.points, args.stage, args.block)
         draw_attention(image, rows, args.points, args.out, args.head)

@@ -3,6 +3,32 @@
 import re
 from dataclasses import dataclass
 
+import torch
+
+
+def find_state_dict(checkpoint, path):
+    """Return the state dict of a checkpoint: its entry ``state_dict``, or the checkpoint itself.
+
+    Args:
+        checkpoint (dict): Content of the file.
+        path (str): The file, for the message.
+
+    Returns:
+        dict[str, Tensor]: The state dict.
+
+    Raises:
+        ValueError: If it is not a dict of tensors.
+    """
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state_dict, dict):
+        raise ValueError(f'{path}: state_dict is a {type(state_dict).__name__}: expected a dict of tensors')
+    non_tensors = [
+        key for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+    ]
+    if non_tensors:
+        raise ValueError(f'{path}: expected a dict of tensors, but the entries {non_tensors[:4]} are not tensors')
+    return state_dict
+
 
 @dataclass(frozen=True)
 class StateDictDiff:

@@ -1,8 +1,8 @@
 """Reading of checkpoint files and addresses. Nothing that a file holds is run.
 
 Every file is read by ``torch.load(weights_only=True)``. A file of mmengine's runner holds more than tensors: log
-histories, settings, NumPy arrays. They are named here one by one, and PyTorch builds an empty placeholder for each. A
-file with any other object is refused.
+histories, settings, NumPy arrays. PyTorch builds an empty placeholder for each of these: placeholders are listed by
+name below, and added for any other name of mmengine. A file with any other object is refused.
 """
 
 import argparse
@@ -12,6 +12,10 @@ import hashlib
 import pickle
 import re
 import sys
+import tarfile
+import threading
+import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -44,12 +48,13 @@ def local_file(source):
     if address.scheme not in ('http', 'https'):
         raise ValueError(f'{source}: expected a file, or an http or https address; download the file, give its path')
     folder = Path(torch.hub.get_dir(), 'checkpoints', hashlib.sha256(source.encode()).hexdigest()[:16])
-    file = folder / (Path(address.path).name or 'checkpoint.pth')
+    name = Path(address.path).name
+    file = folder / (name if name not in ('', '..') else 'checkpoint.pth')
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(source, str(file), progress=sys.stderr.isatty())
-        except OSError as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise ValueError(f'{source} cannot be downloaded: {error}') from None
     return str(file)
 
@@ -83,7 +88,15 @@ def load_weights(source):
         FileNotFoundError: If the file does not exist.
         ValueError: As in :func:`read_checkpoint` and :func:`local_file`.
     """
-    return _read(local_file(source), _PLACEHOLDERS)
+    file = local_file(source)
+    try:
+        return _read(file, [*_PLACEHOLDERS, *_mmengine_placeholders(file)])
+    except ValueError as error:
+        if not is_address(source):
+            raise
+        # A truncated download must not be used again.
+        Path(file).unlink(missing_ok=True)
+        raise ValueError(f'{source}: {error}. The download was removed') from None
 
 
 def import_safetensors(path):
@@ -113,6 +126,9 @@ def _read(path, safe_globals):
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(f'{path} cannot be read as safetensors, it may be cut off: {error}') from None
+    if _is_script(path):
+        # PyTorch before 2.6 runs it in spite of weights_only.
+        raise ValueError(f'{path} is refused: it is a TorchScript or tar archive, which may run code when it is read')
     try:
         with _admit(safe_globals):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
@@ -123,30 +139,42 @@ def _read(path, safe_globals):
                 f'{path} is refused: it holds an object that may run code when it is read ({match[0]}). Allowed are '
                 'tensors, containers, settings and log histories'
             ) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        message = str(error).partition('WeightsUnpickler error:')[2] or str(error)
+        reason = (message.strip() or type(error).__name__).splitlines()[0][:120]
         raise ValueError(f'{path} is not a checkpoint of PyTorch, or is cut off ({reason})') from None
     if not isinstance(loaded, dict):
         raise ValueError(f'{path} holds a {type(loaded).__name__}: expected a dict of weights')
     return loaded
 
 
+def _is_script(path):
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith('/constants.pkl') for name in archive.namelist())
+    return tarfile.is_tarfile(path)
+
+
+# PyTorch has one list of safe globals per process.
+_LOCK = threading.Lock()
+
+
 @contextlib.contextmanager
 def _admit(classes):
     serialization = torch.serialization
-    if hasattr(serialization, 'safe_globals'):
-        with serialization.safe_globals(classes):
-            yield
-    elif hasattr(serialization, 'add_safe_globals'):  # PyTorch 2.4
-        before = serialization.get_safe_globals()
+    if not hasattr(serialization, 'add_safe_globals'):
+        # PyTorch before 2.4 reads tensors and containers only.
+        yield
+        return
+    with _LOCK:
+        # The user's list may hold the real classes of the placeholders, so it is set aside.
+        before = list(serialization.get_safe_globals())
+        serialization.clear_safe_globals()
         serialization.add_safe_globals(classes)
         try:
             yield
         finally:
             serialization.clear_safe_globals()
             serialization.add_safe_globals(before)
-    else:
-        # Before PyTorch 2.4 only tensors and containers are read.
-        yield
 
 
 class _Placeholder:
@@ -168,21 +196,17 @@ def _placeholder(full_name, base=_Placeholder):
     return type(name, (base,), dict(__module__=module, __qualname__=name))
 
 
-_HISTORY = _placeholder('mmengine.logging.history_buffer.HistoryBuffer')
-
-
 class _Attribute(_Placeholder):
-    """Takes the place of ``getattr(HistoryBuffer, 'mean')`` and the like, which mmengine pickles."""
+    """Takes the place of ``getattr`` of a placeholder. mmengine pickles ``getattr(HistoryBuffer, 'mean')``."""
 
     def __init__(self, owner, name):
-        # Attributes of other objects might lead to code.
-        if owner is not _HISTORY or name.startswith('_'):
+        # Attributes of real objects might lead to code.
+        if not (isinstance(owner, type) and issubclass(owner, _Placeholder)) or name.startswith('__'):
             raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name}')
 
 
 # Pickles of protocol 2 say `__builtin__`, which PyTorch translates from 2.5 on.
 _PLACEHOLDERS = [
-    _HISTORY,
     *(_placeholder(f'{module}.getattr', _Attribute) for module in ('builtins', '__builtin__')),
     *(
         _placeholder(name)
@@ -190,10 +214,12 @@ _PLACEHOLDERS = [
             'argparse.Namespace',
             '_codecs.encode',
             'mmengine.config.config.ConfigDict',
+            'mmengine.logging.history_buffer.HistoryBuffer',
+            'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler',
             'numpy.ndarray',
             'numpy.dtype',
             *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('_reconstruct', 'scalar')),
-            *(f'collections.{name}' for name in ('Counter', 'defaultdict', 'deque')),
+            *(f'collections.{name}' for name in ('Counter', 'defaultdict')),
             *(
                 f'{module}.{name}'
                 for module in ('builtins', '__builtin__')
@@ -202,3 +228,17 @@ _PLACEHOLDERS = [
         )
     ),
 ]
+
+
+def _mmengine_placeholders(path):
+    """Return placeholders for all objects of mmengine in a file, where PyTorch can list them."""
+    list_globals = getattr(torch.serialization, 'get_unsafe_globals_in_checkpoint', None)
+    if list_globals is None or not zipfile.is_zipfile(path):
+        return []
+    try:
+        names = list_globals(path)
+    except Exception:
+        # The file is damaged. Reading it reports how.
+        return []
+    known = {f'{cls.__module__}.{cls.__qualname__}' for cls in _PLACEHOLDERS}
+    return [_placeholder(name) for name in names if name.startswith('mmengine.') and name not in known]

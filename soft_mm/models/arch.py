@@ -1,6 +1,6 @@
 """Architectures of SOFT, and checks of the arguments of the backbone. Each check returns the value in one form."""
 
-from soft_mm.ops.checks import check_choice, check_integer
+from soft_mm.ops.checks import check_choice, check_integer, is_integer
 
 NUM_STAGES = 4
 MIN_SIDE = 32
@@ -95,7 +95,7 @@ def parse_outputs(out_indices, out_type):
     """
     check_choice('out_type', out_type, OUT_TYPES)
     given = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else (out_indices,)
-    valid = all(type(index) is int and 0 <= index < NUM_STAGES for index in given)
+    valid = all(is_integer(index, 0) and index < NUM_STAGES for index in given)
     if not given or not valid or list(given) != sorted(set(given)):
         raise ValueError(
             f'out_indices={out_indices!r}: expected stages from 0 to {NUM_STAGES - 1}, each once, in rising order'
@@ -114,7 +114,7 @@ def parse_img_size(img_size):
         ValueError: If it is not one or two integers of at least 32.
     """
     sides = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
-    if len(sides) != 2 or any(type(side) is not int or side < MIN_SIDE for side in sides):
+    if len(sides) != 2 or not all(is_integer(side, MIN_SIDE) for side in sides):
         raise ValueError(f'img_size={img_size!r}: expected an integer or two integers (height, width) >= {MIN_SIDE}')
     return sides
 
@@ -125,7 +125,7 @@ def check_frozen_stages(frozen_stages, num_stages):
     Raises:
         ValueError: If it is not.
     """
-    if type(frozen_stages) is not int or not -1 <= frozen_stages <= num_stages:
+    if not is_integer(frozen_stages, -1) or frozen_stages > num_stages:
         raise ValueError(
             f'frozen_stages={frozen_stages!r}: expected -1 (nothing), 0 (patch embedding of stage 1), or the number of '
             f'stages to freeze, at most {num_stages} with these out_indices'

@@ -22,7 +22,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.checkpoints.matching import match_backbone
+from soft_mm.checkpoints.matching import find_state_dict, match_backbone
 from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate
 from soft_mm.registry import MODELS
@@ -279,9 +279,8 @@ class SOFT(BaseModule):
                 f'init_cfg names the checkpoint {path!r}, which does not exist. To convert weights of the authors, run '
                 f'`python tools/convert_checkpoint.py SRC {path}`. To train without a checkpoint, set init_cfg=None'
             )
-        loaded = load_weights(path)
         target = self.state_dict()
-        fit = match_backbone(loaded.get('state_dict', loaded), target, prefix, path)
+        fit = match_backbone(find_state_dict(load_weights(path), path), target, prefix, path)
         weights = {
             key: resize_pos_embed(value, target[key].shape[-2:]) if key in fit.resized else value
             for key, value in fit.weights.items()

@@ -79,7 +79,11 @@ def middle_matrix(
     Returns:
         tuple[Tensor, bool]: ``(B, h, m, m)`` in float32 or wider, and whether it is the inverse of ``M`` instead of
         ``M`` (for ``'cholesky'``). Both are arguments of :func:`~soft_mm.ops.blockwise_attention`.
+
+    Raises:
+        ValueError: See :func:`check_solver`.
     """
+    check_solver(solver, normalized, newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge)
     if solver == 'cholesky':
         kernel, matrix = _kernel_and_ridge_matrix(landmarks, ridge)
         return (matrix * _degree_roots(kernel, degree_scale) if normalized else matrix), True
@@ -118,7 +122,6 @@ def softmax_free_attention(
         ValueError: If an option is out of its range, or has no effect with this solver and is not its default.
     """
     options = dict(newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge)
-    check_solver(solver, **options)
     return blockwise_attention(q, landmarks, v, *middle_matrix(landmarks, False, solver, **options))
 
 
@@ -148,7 +151,6 @@ def normalized_softmax_free_attention(
         ValueError: If an option is out of its range, or has no effect with this solver and is not its default.
     """
     options = dict(newton_iterations=newton_iterations, ridge=ridge)
-    check_solver(solver, normalized=True, **options)
     matrix = middle_matrix(landmarks, True, solver, degree_scale=degree_scale, **options)
     return blockwise_attention(q, landmarks, v, *matrix)
 

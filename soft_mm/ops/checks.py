@@ -3,6 +3,11 @@
 import math
 
 
+def is_integer(value, minimum=1):
+    """Return whether a value is an integer (not a bool) and at least ``minimum``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
 def check_integer(name, value, minimum=1):
     """Check that a value is an integer (not a bool) and at least ``minimum``.
 
@@ -14,7 +19,7 @@ def check_integer(name, value, minimum=1):
     Raises:
         ValueError: If it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not is_integer(value, minimum):
         raise ValueError(f'{name}={value!r}: expected an integer >= {minimum}')
 
 

@@ -1,8 +1,12 @@
 """Reading of checkpoints from files and addresses: the weights arrive, and no code runs."""
 
+import argparse
+import pickle
 import sys
+import tarfile
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,11 +16,12 @@ import torch
 from authors import Harmful
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleLR
 
 from soft_mm import SOFT
 from soft_mm.checkpoints import load_weights, read_checkpoint
 from soft_mm.checkpoints.reading import local_file
-from soft_mm.inference import read_whole_model
+from soft_mm.inference import check_weights, read_whole_model
 
 
 def test_backbone_refuses_code(tmp_path):
@@ -139,12 +144,89 @@ def test_an_address_that_fails_is_named(server):
     assert local_file('folder/file.pth') == 'folder/file.pth'
 
 
-def test_safe_globals_of_the_user_stay(tmp_path):
-    """Reading leaves PyTorch's list of safe globals as it was."""
-    if not hasattr(torch.serialization, 'get_safe_globals'):
-        pytest.skip('PyTorch before 2.4 has no such list')
-    torch.serialization.add_safe_globals([deque])
-    before = set(torch.serialization.get_safe_globals())
-    torch.save(dict(state_dict={}), tmp_path / 'weights.pth')
-    load_weights(str(tmp_path / 'weights.pth'))
-    assert set(torch.serialization.get_safe_globals()) == before
+needs_safe_globals = pytest.mark.skipif(
+    not hasattr(torch.serialization, 'get_safe_globals'), reason='PyTorch before 2.4 has no list of safe globals'
+)
+
+
+@pytest.fixture
+def history_file(tmp_path):
+    """A checkpoint with an object of mmengine and a NumPy array."""
+    content = dict(state_dict={'weight': torch.ones(2)}, log=HistoryBuffer([1.0], [1]), table=np.eye(2))
+    torch.save(content, tmp_path / 'history.pth')
+    return str(tmp_path / 'history.pth')
+
+
+@needs_safe_globals
+def test_safe_globals_of_the_user_stay_and_do_not_matter(history_file, tmp_path):
+    """Reading leaves PyTorch's list of safe globals as it was, and ignores the real classes in it."""
+    old = list(torch.serialization.get_safe_globals())
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([argparse.Namespace, HistoryBuffer, np.ndarray])
+    try:
+        before = set(torch.serialization.get_safe_globals())
+        assert torch.equal(load_weights(history_file)['state_dict']['weight'], torch.ones(2))
+        torch.save(dict(args=argparse.Namespace(model='soft_tiny')), tmp_path / 'theirs.pth')
+        assert read_checkpoint(tmp_path / 'theirs.pth')['args'].model == 'soft_tiny'
+        assert set(torch.serialization.get_safe_globals()) == before
+        with pytest.raises(pickle.UnpicklingError):
+            # Placeholders are gone, so PyTorch still refuses what it does not know.
+            torch.load(history_file, weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(old)
+
+
+def test_threads_read_at_the_same_time(history_file):
+    with ThreadPoolExecutor(4) as pool:
+        for loaded in pool.map(load_weights, [history_file] * 60):
+            assert torch.equal(loaded['state_dict']['weight'], torch.ones(2))
+
+
+def test_states_of_schedulers_are_skipped(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    scheduler = OneCycleLR(torch.optim.SGD([weight], 0.1), eta_max=1.0, total_steps=10)
+    torch.save(dict(state_dict=dict(w=weight.data), param_schedulers=[scheduler.state_dict()]), tmp_path / 'run.pth')
+    assert torch.equal(load_weights(str(tmp_path / 'run.pth'))['state_dict']['w'], torch.ones(2))
+
+
+class Scripted(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize('read', [load_weights, read_checkpoint])
+def test_archives_with_code_are_refused(tmp_path, read):
+    torch.jit.script(Scripted()).save(str(tmp_path / 'script.pt'))
+    with tarfile.open(tmp_path / 'old.pth', 'w') as archive:
+        archive.add(tmp_path / 'script.pt', 'pickle')
+    for name in ('script.pt', 'old.pth'):
+        with pytest.raises(ValueError, match=f'{name} is refused: it is a TorchScript or tar archive'):
+            read(str(tmp_path / name))
+
+
+def test_a_damaged_download_is_not_used_again(server):
+    address, folder = server
+    torch.save(dict(state_dict=dict(weight=torch.ones(2))), folder / 'tiny.pth')
+    whole = (folder / 'tiny.pth').read_bytes()
+    (folder / 'tiny.pth').write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r'tiny.pth: .* is cut off .*The download was removed'):
+        load_weights(f'{address}/tiny.pth')
+    (folder / 'tiny.pth').write_bytes(whole)
+    assert torch.equal(load_weights(f'{address}/tiny.pth')['state_dict']['weight'], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (dict(state_dict=dict(weight=[1.0])), r"expected a dict of tensors, but the entries \['weight'\] are not"),
+        (dict(state_dict=None), 'state_dict is a NoneType: expected a dict of tensors'),
+    ],
+)
+def test_weights_that_are_no_tensors_are_named(tmp_path, content, message):
+    path = str(tmp_path / 'odd.pth')
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        SOFT('tiny', init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()
+    with pytest.raises(ValueError, match=message):
+        check_weights(torch.nn.Linear(1, 1), load_weights(path), path)

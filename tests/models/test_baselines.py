@@ -225,6 +225,8 @@ def test_full_kernel_has_a_guard():
     [
         (LinformerAttention, dict(proj_tokens=0), 'proj_tokens=0'),
         (LinformerAttention, dict(grid=(3, 4, 5)), r'grid=\(3, 4, 5\): expected 2 integers >= 1'),
+        (LinformerAttention, dict(grid=(2.5, 3)), r'grid=\(2.5, 3\): expected 2 integers >= 1'),
+        (LinformerAttention, dict(grid=3), 'grid=3: expected 2 integers >= 1'),
         (SoftmaxAttention, dict(grid_dims=3), 'grid_dims=3: expected 2'),
         (SoftmaxFreeAttention, dict(sampler='median'), "sampler='median' is unknown"),
         (PerformerAttention, dict(num_features=1.5), 'num_features=1.5'),

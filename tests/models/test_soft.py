@@ -143,9 +143,16 @@ def test_attention_of_a_user():
         MODELS.module_dict.pop('IdentityAttention')
 
 
-@pytest.mark.parametrize('shape', [(65, 2, 4, 3), (64, 2, 0, 3), (64, 2, 4, 4)])
-def test_attention_alone_checks_its_shape(shape):
-    with pytest.raises(ValueError, match='expected'):
+@pytest.mark.parametrize(
+    ('shape', 'message'),
+    [
+        ((65, 2, 4, 3), 'embed_dims=65: expected a multiple of num_heads=2'),
+        ((64, 2, 0, 3), 'ratio=0: expected an integer >= 1'),
+        ((64, 2, 4, 4), 'conv_size=4: expected an odd integer'),
+    ],
+)
+def test_attention_alone_checks_its_shape(shape, message):
+    with pytest.raises(ValueError, match=message):
         SoftmaxFreeAttention(*shape)
 
 

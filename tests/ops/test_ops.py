@@ -389,3 +389,11 @@ def test_unknown_options_are_named(options, message):
     q = torch.zeros(1, 1, 4, D)
     with pytest.raises(ValueError, match=message):
         ops.softmax_free_attention(q, q, q, **options)
+
+
+def test_middle_matrix_checks_its_options():
+    landmarks = torch.zeros(1, 1, 4, D)
+    with pytest.raises(ValueError, match="solver='choleski' is unknown"):
+        ops.middle_matrix(landmarks, solver='choleski')
+    with pytest.raises(ValueError, match='ridge=5.0 has no effect'):
+        ops.middle_matrix(landmarks, solver='svd', ridge=5.0)

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from soft_mm import ops
-from soft_mm.ops.checks import check_integer
+from soft_mm.ops.checks import check_integer, is_integer
 from soft_mm.registry import MODELS
 
 from .base import BaseAttention, LocalBranch, SharedQKAttention, patch_sides, split_heads, value_gradients
@@ -78,8 +78,9 @@ class LinformerAttention(_QKVAttention):
     def __init__(self, embed_dims, num_heads, ratio, conv_size, proj_tokens=49, grid=None, grid_dims=2, init_cfg=None):
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         check_integer('proj_tokens', proj_tokens)
-        grid = (_PATCHES * ratio,) * grid_dims if grid is None else tuple(grid)
-        if len(grid) != grid_dims or min(grid) < 1:
+        grid = (_PATCHES * ratio,) * grid_dims if grid is None else grid
+        valid = isinstance(grid, (list, tuple)) and len(grid) == grid_dims and all(map(is_integer, grid))
+        if not valid:
             raise ValueError(f'grid={grid!r}: expected {grid_dims} integers >= 1, because grid_dims={grid_dims}')
         rows, columns = grid if grid_dims == 2 else (1, *grid)
         for name in ('key_weight', 'value_weight'):

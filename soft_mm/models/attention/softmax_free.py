@@ -5,7 +5,7 @@ import torch.nn as nn
 
 from soft_mm import ops
 from soft_mm.ops.attention import check_solver
-from soft_mm.ops.checks import check_bool, check_choice, check_integer
+from soft_mm.ops.checks import check_bool, check_choice, check_integer, is_integer
 from soft_mm.registry import MODELS
 
 from .base import LocalBranch, SharedQKAttention, patch_sides
@@ -97,7 +97,7 @@ class SoftmaxFreeAttention(SharedQKAttention):
             solver, normalized, newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge
         )
         check_choice('sampler', sampler, SAMPLERS)
-        if max_landmarks is not None and (type(max_landmarks) is not int or max_landmarks < 1):
+        if max_landmarks is not None and not is_integer(max_landmarks):
             raise ValueError(f'max_landmarks={max_landmarks!r}: expected None or an integer >= 1')
         check_integer('seed', seed, minimum=0)
         if seed and sampler != 'random':
