@@ -137,7 +137,7 @@ def _read(path, safe_globals):
         if match := re.search(r'GLOBAL [\w.]+|unrecognized function', str(error), re.I):
             raise ValueError(
                 f'{path} is refused: it holds an object that may run code when it is read ({match[0]}). Allowed are '
-                'tensors, containers, settings and log histories'
+                f'tensors, containers, settings and log histories{_OLD_TORCH}'
             ) from None
         message = str(error).partition('WeightsUnpickler error:')[2] or str(error)
         reason = (message.strip() or type(error).__name__).splitlines()[0][:120]
@@ -154,6 +154,7 @@ def _is_script(path):
     return tarfile.is_tarfile(path)
 
 
+_OLD_TORCH = '' if hasattr(torch.serialization, 'add_safe_globals') else ' (the last two need PyTorch 2.4 or newer)'
 # PyTorch has one list of safe globals per process.
 _LOCK = threading.Lock()
 
