@@ -5,11 +5,15 @@ import importlib
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+
+# mmengine 0.10.7 reloads pkg_resources while it resolves `mmdet::`, and fails if another thread does the same.
+_CONFIG_LOCK = threading.Lock()
 
 
 def read_config(path):
@@ -24,10 +28,11 @@ def read_config(path):
     Raises:
         FileNotFoundError: If the file does not exist.
     """
-    if os.getcwd() not in sys.path:
-        # At the end, so that no installed package is hidden.
-        sys.path.append(os.getcwd())
-    return Config.fromfile(path)
+    with _CONFIG_LOCK:
+        if os.getcwd() not in sys.path:
+            # At the end, so that no installed package is hidden.
+            sys.path.append(os.getcwd())
+        return Config.fromfile(path)
 
 
 @contextlib.contextmanager
