@@ -14,33 +14,36 @@ from .report import draw_report, print_report, sweep_report, write_csv
 from .sweep import SweepOptions, run_sweep
 from .targets import BACKBONES, OPERATORS, parse_target
 
-# Lines are broken by hand, so that no name is broken at its hyphens.
+# Lines are broken by hand, because argparse would break names at their hyphens.
 _DESCRIPTION = """\
-Sweep the input size of attention operators and backbones. Measures time, peak
-memory, multiply-adds, and how they grow with the number of tokens.
+Measure time, peak memory and multiply-adds of attention operators and
+backbones at several input sizes, and their growth with the number of tokens.
 
 A target has the form NAME[:OPTIONS][@ABLATION]. NAME is one of:
   - a short name from the lists below,
   - a registered backbone with its scope, such as mmdet.ResNet:depth=50,
   - a config file, whose backbone is measured.
-OPTIONS override the config of the target, as in
+OPTIONS override the config of the target, for example
   soft-tiny:arch=small,attention.max_landmarks=196
-An ABLATION changes one thing in the engine of SOFT, as in
+An ABLATION replaces one implementation choice of SOFT, for example
   soft-tiny@composed-autograd
 
-soft-tiny is SOFT-Tiny with the attention of the dense configs: direct solve, at
-most 49 landmarks. soft-tiny-authors has the authors' attention.
+soft-tiny is SOFT-Tiny with the attention of the configs for detection and
+segmentation: solver='cholesky' and at most 49 landmarks. soft-tiny-authors has
+the authors' attention.
 
 Sizes are image sizes in pixels; one number means a square. An operator alone
-works on the grid of stage 1, which has a quarter of each side.
+works on the grid of stage 1, whose sides are a quarter of the image's.
 
-The exit code is 1 if no point could be measured."""
+The exit code is 1 if no measurement succeeded."""
 
 
 def _size(text):
     height, _, width = text.partition('x')
     if not (height.isdigit() and (width or height).isdigit()):
-        raise argparse.ArgumentTypeError(f'{text!r}: expected HxW, or one number for a square')
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: expected HxW in pixels, such as 512x1024, or one number for a square'
+        )
     return int(height), int(width or height)
 
 
@@ -53,47 +56,56 @@ def _name_lists():
 
 
 def build_parser():
-    """Build the argument parser. Its options have the names of the fields of :class:`SweepOptions`."""
+    """Build the argument parser.
+
+    Returns:
+        argparse.ArgumentParser: Parser whose options have the names of the fields of :class:`SweepOptions`.
+    """
     parser = argparse.ArgumentParser(
         prog='python -m benchmarks',
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_name_lists(),
     )
-    parser.add_argument('targets', nargs='+', metavar='TARGET', help='what to measure')
+    parser.add_argument('targets', nargs='+', metavar='TARGET', help='target to measure')
     parser.add_argument(
         '--sizes', type=_size, nargs='+', required=True, metavar='HxW', help='sizes in pixels; for a sequence 1xN'
     )
-    parser.add_argument('--peer', metavar='TARGET', help='compare each target with this one, measured in turns')
+    parser.add_argument('--peer', metavar='TARGET', help='compare each target with this one, both measured alternately')
     parser.add_argument('--train', action='store_true', help='run forward and backward (default: forward)')
-    parser.add_argument('--batch-size', type=int, default=1, help='number of images (default: %(default)s)')
+    parser.add_argument(
+        '--batch-size', type=int, default=1, help='number of images or sequences (default: %(default)s)'
+    )
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:i (default: %(default)s)')
     parser.add_argument(
-        '--repeats', type=int, default=7, help='number of times that a point is measured (default: %(default)s)'
+        '--repeats', type=int, default=7, help='number of measurements of a point (default: %(default)s)'
     )
     parser.add_argument(
         '--seconds',
         type=float,
         default=30.0,
-        help='begin no repeat of a point after this many seconds (default: %(default)s)',
+        help='start no further repeat of a point after this many seconds (default: %(default)s)',
     )
     parser.add_argument(
-        '--time-limit', type=float, default=300.0, help='give up a point after this many seconds (default: %(default)s)'
+        '--time-limit',
+        type=float,
+        default=300.0,
+        help='stop the measurement of a point after this many seconds (default: %(default)s)',
     )
     parser.add_argument(
         '--max-memory',
         type=float,
         metavar='GIB',
-        help='memory limit of a measurement on the CPU (default: 3/4 of the available memory)',
+        help='memory limit of a measurement on the CPU in GiB (default: 3/4 of the available memory)',
     )
     parser.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure peak memory')
     parser.add_argument('--heads', type=int, default=2, help='heads of an operator (default: %(default)s)')
     parser.add_argument(
         '--head-dims', type=int, default=32, help='channels per head of an operator (default: %(default)s)'
     )
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the whole report as JSON')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the report as JSON')
     parser.add_argument('--csv', type=Path, metavar='FILE', help='write the rows as CSV')
-    parser.add_argument('--png', type=Path, metavar='FILE', help='draw time and memory against tokens')
+    parser.add_argument('--png', type=Path, metavar='FILE', help='draw a figure of time and memory against tokens')
     return parser
 
 
@@ -101,14 +113,14 @@ def main():
     parser = build_parser()
     args = vars(parser.parse_args())
     files = {kind: args.pop(kind) for kind in ('json', 'csv', 'png')}
-    # Outside a terminal rich assumes 80 columns and cuts the table.
+    # Outside a terminal, rich assumes 80 columns and would truncate the table.
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         targets = [parse_target(text) for text in args.pop('targets')]
         sizes, peer = args.pop('sizes'), args.pop('peer')
         peer = peer and parse_target(peer)
         if min(math.prod(size) for size in sizes) < 1:
-            raise ValueError('--sizes: expected sides of at least 1')
+            raise ValueError('--sizes: expected sides >= 1 pixel')
         for name, minimum in dict(batch_size=1, repeats=2).items():
             if args[name] < minimum:
                 raise ValueError(f'--{name.replace("_", "-")} {args[name]}: expected an integer >= {minimum}')
@@ -118,7 +130,7 @@ def main():
         parser.error(str(error))
     report = sweep_report(rows, options, peer)
     print_report(report, console)
-    # The user may name a device such as /dev/stdout, so nothing is renamed into place.
+    # Not written atomically, because a device such as /dev/stdout cannot be renamed.
     if files['json']:
         files['json'].write_text(json.dumps(report, indent=2) + '\n')
     if files['csv']:

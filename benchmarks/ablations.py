@@ -1,8 +1,8 @@
-"""Ablations of the engine: the same computation in ways that the engine does not take.
+"""Ablations of the implementation of SOFT: each replaces one implementation choice by its alternative.
 
-Every ablation computes what the engine computes, up to rounding. Attention ablations are registered types that replace
-``SoftmaxFreeAttention`` in a config. Other ablations replace submodules of a built backbone. Two further types compute
-an attention by its plain formulas.
+An ablation gives the same results as soft_mm, up to rounding. Attention ablations are registered types that replace
+``SoftmaxFreeAttention`` in a config. Other ablations replace submodules of a built backbone. Two further types,
+:class:`PlainSoftmaxAttention` and :class:`ReferenceAttention`, compute an attention by its plain formula.
 """
 
 from collections import OrderedDict
@@ -25,7 +25,7 @@ from soft_mm.registry import MODELS
 
 @MODELS.register_module()
 class PlainSoftmaxAttention(SoftmaxAttention):
-    """Softmax attention by its formula, which holds the ``n x n`` scores."""
+    """Softmax attention by its formula, which holds the ``n x n`` scores, without PyTorch's fused kernel."""
 
     def attend(self, q, k, v, grid):
         return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1) @ v
@@ -33,7 +33,11 @@ class PlainSoftmaxAttention(SoftmaxAttention):
 
 @MODELS.register_module()
 class ReferenceAttention(SoftmaxFreeAttention):
-    """The authors' plain attention by the formulas of :mod:`soft_mm.ops.reference`. It has no options."""
+    """The authors' plain attention by the formulas of :mod:`soft_mm.ops.reference`, without options.
+
+    Args:
+        embed_dims, num_heads, ratio, conv_size: As in :class:`~soft_mm.models.attention.SoftmaxFreeAttention`.
+    """
 
     def __init__(self, embed_dims, num_heads, ratio, conv_size):
         super().__init__(embed_dims, num_heads, ratio, conv_size)
@@ -45,13 +49,13 @@ class ReferenceAttention(SoftmaxFreeAttention):
 
 
 def _multiply_middle(matrix, gathered, inverted):
-    """Multiply by ``M``, given as ``matrix`` or with ``inverted`` as the inverse of ``matrix``."""
+    """Multiply ``gathered`` by ``M``. ``matrix`` is ``M``, or the inverse of ``M`` with ``inverted``."""
     return torch.cholesky_solve(gathered, torch.linalg.cholesky_ex(matrix)[0]) if inverted else matrix @ gathered
 
 
 @MODELS.register_module()
 class ComposedAutogradAttention(SoftmaxFreeAttention):
-    """Chunks of tokens through PyTorch's checkpointing, in place of the hand-written backward."""
+    """Chunks of tokens with PyTorch's gradient checkpointing instead of the hand-written backward pass."""
 
     def attend(self, q, v, grid):
         landmarks, pool_factor = self.landmarks(q, grid)
@@ -72,7 +76,7 @@ class ComposedAutogradAttention(SoftmaxFreeAttention):
 
 @MODELS.register_module()
 class HeldKernelAttention(SoftmaxFreeAttention):
-    """``P`` computed once and held for the backward pass."""
+    """Attention that computes ``P`` once and holds it for the backward pass."""
 
     def attend(self, q, v, grid):
         landmarks, pool_factor = self.landmarks(q, grid)
@@ -83,7 +87,7 @@ class HeldKernelAttention(SoftmaxFreeAttention):
 
 @MODELS.register_module()
 class TwoProjectionsAttention(SoftmaxFreeAttention):
-    """Queries and values as two products instead of one."""
+    """Attention that projects queries and values by two products instead of one."""
 
     def project(self, x, grid):
         (q_weight, v_weight), (q_bias, v_bias) = self.qv.weight.chunk(2), self.qv.bias.chunk(2)
@@ -92,10 +96,10 @@ class TwoProjectionsAttention(SoftmaxFreeAttention):
 
 
 class LocalBranchOverHeads(nn.Module):
-    """Local branch as one grouped convolution over heads, with the channels of a head in the batch.
+    """Local branch as a convolution with one group per head and the channels of a head in the batch dimension.
 
     Args:
-        local (LocalBranch): The module to replace, whose filters are used.
+        local (LocalBranch): Module to replace. Its filters are shared.
     """
 
     def __init__(self, local):
@@ -112,7 +116,7 @@ class LocalBranchOverHeads(nn.Module):
 
 
 class ChannelsFirstEmbed(nn.Sequential):
-    """Patch embedding of channels-first maps."""
+    """Patch embedding that works in channels-first instead of channels-last format."""
 
     def forward(self, x):
         """Embed a map ``(B, C_in, H, W)``."""
@@ -120,7 +124,7 @@ class ChannelsFirstEmbed(nn.Sequential):
 
 
 def _replace_modules(model, cls, make):
-    """Replace every module of a class by ``make(module)``."""
+    """Replace every module of the class ``cls`` by ``make(module)``, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is cls:
@@ -128,27 +132,30 @@ def _replace_modules(model, cls, make):
 
 
 def compute_local_over_heads(model):
-    """Replace the local branches by :class:`LocalBranchOverHeads`."""
+    """Replace the local branches of a model by :class:`LocalBranchOverHeads`, in place."""
     _replace_modules(model, LocalBranch, LocalBranchOverHeads)
 
 
 def compute_mlps_at_once(model):
-    """Replace the MLPs by plain sequences of their layers, which hold the whole hidden layer and recompute nothing."""
+    """Replace the MLPs of a model by plain sequences of their layers, in place.
+
+    These hold the whole hidden layer and recompute nothing.
+    """
     _replace_modules(model, MLP, lambda mlp: nn.Sequential(OrderedDict(mlp.named_children())))
 
 
 def keep_channels_first(model):
-    """Replace the patch embeddings by :class:`ChannelsFirstEmbed`."""
+    """Replace the patch embeddings of a model by :class:`ChannelsFirstEmbed`, in place."""
     _replace_modules(model, PatchEmbed, lambda embed: ChannelsFirstEmbed(*embed))
 
 
-#: Attention ablations: registered types that replace ``SoftmaxFreeAttention`` in a config.
+#: Attention ablations, with the registered types that replace ``SoftmaxFreeAttention`` in a config.
 ATTENTIONS = {
     'composed-autograd': 'ComposedAutogradAttention',
     'held-kernel': 'HeldKernelAttention',
     'two-projections': 'TwoProjectionsAttention',
 }
-#: Other ablations: functions that replace submodules of a built backbone in place.
+#: Other ablations, with the functions that replace submodules of a built backbone in place.
 REPLACEMENTS = {
     'local-over-heads': compute_local_over_heads,
     'mlp-at-once': compute_mlps_at_once,
@@ -157,26 +164,26 @@ REPLACEMENTS = {
 }
 #: All ablations.
 ABLATIONS = (*ATTENTIONS, *REPLACEMENTS)
-#: Ablations that change an attention operator alone, without its projections and local branch.
+#: Ablations that also change an attention operator alone, which has no projections and no local branch.
 OPERATOR_ABLATIONS = ('composed-autograd', 'held-kernel')
 #: Ablations that work in evaluation mode only.
 EVALUATION_ONLY = ('fused-batchnorm',)
 
 
 def ablate_attention(config, ablation):
-    """Set the type of an attention config.
+    """Apply an attention ablation to the config of an attention.
 
     Args:
         config (dict): Config of a ``SoftmaxFreeAttention``.
         ablation (str): Key of :data:`ATTENTIONS`.
 
     Returns:
-        dict: The changed config.
+        dict: The config with the type of the ablation.
 
     Raises:
-        ValueError: If the config has another type.
+        ValueError: If the config has another type than ``SoftmaxFreeAttention``.
     """
     kind = config.get('type', 'SoftmaxFreeAttention')
     if kind != 'SoftmaxFreeAttention':
-        raise ValueError(f'{kind} has no ablation {ablation!r}; only SoftmaxFreeAttention has')
+        raise ValueError(f'{kind} has no ablation {ablation!r}: expected SoftmaxFreeAttention; leave the ablation out')
     return dict(config, type=ATTENTIONS[ablation])

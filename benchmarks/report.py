@@ -40,8 +40,8 @@ def growth_exponents(rows):
         rows (list[dict]): Rows of :func:`~benchmarks.sweep.run_sweep`.
 
     Returns:
-        dict[str, dict]: Per target ``seconds``, ``bytes`` and ``multiply_adds``, each the slope of a least-squares fit
-            on logarithmic axes, or None for fewer than two points.
+        dict[str, dict]: For each target, the exponents of ``seconds``, ``bytes`` and ``multiply_adds``. An exponent is
+            the slope of a least-squares fit on logarithmic axes, or None if there are fewer than two points.
     """
     result = {}
     for name in dict.fromkeys(row['name'] for row in rows):
@@ -60,12 +60,12 @@ def _slope(points):
 
 
 def sweep_report(rows, options, peer=None):
-    """Collect a sweep in one dict.
+    """Collect the results and settings of a sweep in one dict.
 
     Args:
         rows (list[dict]): Rows of :func:`~benchmarks.sweep.run_sweep`.
         options (SweepOptions): Settings of the sweep.
-        peer (Target | None): Target that the others were compared with. Defaults to None.
+        peer (Target | None): Target with which the others were compared. Defaults to None.
 
     Returns:
         dict: ``machine``, ``options``, ``peer`` (its name), ``rows`` and ``exponents``.
@@ -80,7 +80,12 @@ def sweep_report(rows, options, peer=None):
 
 
 def print_report(report, console):
-    """Print the rows and the growth exponents as tables."""
+    """Print the rows and the growth exponents of a report as tables.
+
+    Args:
+        report (dict): Output of :func:`sweep_report`.
+        console (rich.console.Console): Console to print to.
+    """
     mode = 'forward and backward' if report['options']['train'] else 'forward'
     table = Table(title=f'{mode}, batch {report["options"]["batch_size"]}, {report["options"]["device"]}')
     for header in ('', 'pixels', 'tokens', 'ms', 'quartiles', 'MiB', 'G multiply-adds', 'time ratio', 'memory ratio'):
@@ -101,15 +106,20 @@ def print_report(report, console):
         table.add_row(*cells)
     console.print(table)
     if report['peer']:
-        console.print(f'ratios: relative to {report["peer"]}; times were measured in turns with it')
-    table = Table('', 'time', 'memory', 'multiply-adds', title='growth exponents against tokens')
+        console.print(f'ratios: relative to {report["peer"]}; both times were measured alternately')
+    table = Table('', 'time', 'memory', 'multiply-adds', title='growth exponents in the number of tokens')
     for name, slopes in report['exponents'].items():
         table.add_row(escape(name), *('' if slope is None else f'{slope:.3f}' for slope in slopes.values()))
     console.print(table)
 
 
 def write_csv(report, path):
-    """Write the rows of a report as a CSV file."""
+    """Write the rows of a report as a CSV file.
+
+    Args:
+        report (dict): Output of :func:`sweep_report`.
+        path (str | Path): File to write.
+    """
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, _CSV_KEYS)
         writer.writeheader()
@@ -123,7 +133,12 @@ def write_csv(report, path):
 
 
 def draw_report(report, path):
-    """Draw time and memory against tokens on logarithmic axes, with the growth exponents in the legend."""
+    """Draw time and memory against tokens on logarithmic axes, with the growth exponents in the legend.
+
+    Args:
+        report (dict): Output of :func:`sweep_report`.
+        path (str | Path): Picture to write.
+    """
     panels = [('seconds', 'time (s)', 1)] + [('bytes', 'peak memory (MiB)', 2**20)] * report['options']['memory']
     figure, axes = make_figure(1, len(panels), (6 * len(panels), 4.5))
     for axis, (key, label, unit) in zip(axes[0], panels):

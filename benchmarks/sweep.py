@@ -27,13 +27,13 @@ class SweepOptions:
     """Settings of a sweep.
 
     Attributes:
-        train: Whether to run forward and backward, instead of forward alone.
-        batch_size: Number of images.
+        train: Whether to run forward and backward, instead of forward only.
+        batch_size: Number of images or sequences.
         device: ``'cpu'``, ``'cuda'`` or ``'cuda:i'``.
-        repeats: Number of times that a point is measured.
-        seconds: Time in seconds after which no repeat of a point begins. At least three repeats are made.
-        time_limit: Time in seconds after which a point is given up.
-        max_memory: Limit in GiB for a measurement on the CPU, or None for three quarters of the available memory.
+        repeats: Number of measurements of a point.
+        seconds: Time in seconds after which no further repeat of a point starts. At least three repeats are made.
+        time_limit: Time in seconds after which the measurement of a point is stopped.
+        max_memory: Memory limit of a measurement on the CPU in GiB. None means three quarters of the available memory.
         memory: Whether to measure peak memory.
         heads: Heads of an operator.
         head_dims: Channels per head of an operator.
@@ -52,18 +52,18 @@ class SweepOptions:
 
 
 def run_sweep(targets, sizes, options, peer=None, console=None):
-    """Measure every target at every size, each measurement in a process of its own.
+    """Measure every target at every size, each in a separate process.
 
-    A point that fails, runs out of memory or exceeds the time limit becomes a row that says so. After the latter two,
-    larger sizes of the same target are not tried. If only the peer fails, the row has no ratio.
+    The status of a row says whether its measurement failed, ran out of memory or exceeded the time limit. After one of
+    the latter two, larger sizes of the same target are not tried. If only the peer fails, the row has no ratio.
 
     Args:
-        targets (list[Target]): What to measure.
-        sizes (list[tuple[int, int]]): Heights and widths in pixels, measured from small to large. For an encoder of
-            sequences ``(1, n)``.
+        targets (list[Target]): Targets to measure.
+        sizes (list[tuple[int, int]]): Heights and widths in pixels, or ``(1, n)`` for sequences. They are measured from
+            small to large.
         options (SweepOptions): Settings.
-        peer (Target | None): Target to compare the others with. Each target is measured in turns with it, in one
-            process. Defaults to None.
+        peer (Target | None): Target with which the others are compared. Each target and the peer are measured
+            alternately in one process. Defaults to None.
         console (Console | None): Console for the progress bar. Defaults to a new one.
 
     Returns:
@@ -74,7 +74,7 @@ def run_sweep(targets, sizes, options, peer=None, console=None):
             ``tokens_per_second``.
 
     Raises:
-        ValueError: For a device that does not exist.
+        ValueError: If the device does not exist.
     """
     check_device(options.device)
     sizes = sorted(sizes, key=math.prod)
@@ -88,7 +88,7 @@ def run_sweep(targets, sizes, options, peer=None, console=None):
                 progress.update(task, description=escape(f'{target.name} {size[0]}x{size[1]}'))
                 row = dict(name=target.name, size=list(size), tokens=target.tokens(size))
                 row |= dict(status='not tried') if given_up else _measure_point(target, size, options, peer)
-                # After an error go on: the size may only be too small.
+                # After an error, larger sizes are still tried, because the size may only have been too small.
                 given_up = row['status'] not in ('ok', 'error')
                 rows.append(row)
                 progress.advance(task)
@@ -106,7 +106,7 @@ def _measure_point(target, size, options, peer):
     for what in ['time'] + ['memory'] * options.memory:
         answer = ask(what, peer=compared if what == 'time' else None)
         if compared and what == 'time' and answer['status'] != 'ok':
-            # Perhaps only the peer failed.
+            # The peer alone may have failed, so the target is measured without it.
             answer = ask(what)
         if answer['status'] != 'ok':
             return row | answer
@@ -127,7 +127,7 @@ def _measure_point(target, size, options, peer):
 
 def _ask_worker(request, deadline):
     """Send a request to a worker process and return its answer."""
-    # The worker starts in the repository's root. Modules of the current directory stay importable.
+    # The worker runs in the repository root, but must still import modules of the current directory.
     paths = [os.getcwd(), *filter(None, [os.environ.get('PYTHONPATH')])]
     try:
         done = subprocess.run(
@@ -149,19 +149,26 @@ def _ask_worker(request, deadline):
 
 
 def summarise(values):
-    """Return the median of a list of values, and their quartiles as ``low`` and ``high``."""
+    """Summarise repeated measurements.
+
+    Args:
+        values (list[float]): Two or more values.
+
+    Returns:
+        dict[str, float]: ``median``, and the quartiles ``low`` and ``high``.
+    """
     quartiles = statistics.quantiles(values, n=4, method='inclusive')
     return dict(median=statistics.median(values), low=quartiles[0], high=quartiles[2])
 
 
 def machine(device):
-    """Describe the machine of a measurement: versions, number of threads, and the device.
+    """Describe the machine of a measurement.
 
     Args:
         device (str): Name of the device, such as ``'cpu'``.
 
     Returns:
-        dict: ``python``, ``torch``, ``threads`` and ``device``.
+        dict: Versions ``python`` and ``torch``, the number of ``threads``, and the name of the ``device``.
     """
     device = torch.device(device)
     return dict(

@@ -1,4 +1,4 @@
-"""The targets of a token sweep: attention operators alone and whole backbones, each with a short name."""
+"""Targets of a token sweep: attention operators alone and whole backbones, each with a short name."""
 
 import ast
 import functools
@@ -17,9 +17,9 @@ from soft_mm.utils import read_config, toolbox_scope
 
 from .ablations import ABLATIONS, EVALUATION_ONLY, OPERATOR_ABLATIONS, REPLACEMENTS, ablate_attention
 
-# An operator alone has the ratio and the filters of stage 1.
+# An operator alone is measured with the ratio and the filter size of stage 1.
 _STAGE_1 = dict(ratio=8, conv_size=9)
-#: Side in pixels of a token of stage 1, the same in every backbone here except DeiT.
+#: Side of a token of stage 1 in pixels. It is the same in all these backbones except DeiT.
 STRIDE = 4
 
 #: Short names of backbones, with configs for the registries of soft_mm and the toolboxes.
@@ -50,21 +50,21 @@ OPERATORS = {
     'attn-performer': dict(type='PerformerAttention'),
     'attn-nystrom': dict(type='NystromAttention'),
     'attn-spatial-reduction': dict(type='SpatialReductionAttention'),
-    # Its quadratic cost is what a sweep shows, so the limit is out of the way.
+    # A sweep should show its quadratic cost, so the limit is larger than any number of tokens in a sweep.
     'attn-gaussian': dict(type='GaussianKernelAttention', max_tokens=2**20),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to measure, as plain data that can be sent to a worker process.
+    """Target of a sweep, as plain data that can be sent to a worker process.
 
     Attributes:
-        name: Name as the user gave it.
+        name: Name that the user gave.
         kind: ``'operator'`` or ``'backbone'``.
         config: Config of the attention or the backbone.
-        replacement: Key of :data:`~benchmarks.ablations.REPLACEMENTS`, applied to the built backbone, or None.
-        imports: Modules that register ``config['type']``, such as the ``custom_imports`` of a config file.
+        replacement: Key of :data:`~benchmarks.ablations.REPLACEMENTS` to apply to the built backbone, or None.
+        imports: Modules to import before building, such as the ``custom_imports`` of a config file.
     """
 
     name: str
@@ -75,16 +75,23 @@ class Target:
 
     @property
     def is_sequence(self):
-        """Whether the target encodes sequences. Its size is then ``(1, n)`` for ``n`` tokens."""
+        """bool: Whether the target encodes sequences. Its sizes are then ``(1, n)`` for ``n`` tokens."""
         return encodes_sequences(self.config)
 
     def tokens(self, size):
-        """Count the tokens of stage 1 for an image size in pixels, or the tokens of a sequence."""
+        """Count the tokens of stage 1, or of a sequence.
+
+        Args:
+            size (tuple[int, int]): Image size in pixels, or ``(1, n)`` for a sequence.
+
+        Returns:
+            int: Number of tokens.
+        """
         return size[1] if self.is_sequence else math.prod(_grid(size))
 
 
 def _grid(size):
-    """Grid of stage 1 for an image size."""
+    """Return the grid of stage 1 for an image size in pixels."""
     return tuple(-(-side // STRIDE) for side in size)
 
 
@@ -94,7 +101,7 @@ def parse_target(text):
     Args:
         text (str): ``BASE[:OPTIONS][@ABLATION]``. ``BASE`` is a key of :data:`OPERATORS` or :data:`BACKBONES`, the
             registered name of a backbone with its scope (``mmdet.ResNet``), or a config file, whose backbone is
-            measured. ``OPTIONS`` override the config: ``key=value`` pairs separated by commas, as in
+            measured. ``OPTIONS`` override the config. They are ``key=value`` pairs separated by commas, such as
             ``soft-tiny:arch=small,attention.max_landmarks=196``. ``ABLATION`` is one of
             :data:`~benchmarks.ablations.ABLATIONS`.
 
@@ -102,7 +109,7 @@ def parse_target(text):
         Target: The target.
 
     Raises:
-        ValueError: For an unknown name or ablation, options that cannot be read, or an ablation that does not apply.
+        ValueError: If a name or an ablation is unknown, an option has no ``=``, or the ablation does not apply.
     """
     what, at, ablation = text.partition('@')
     if at and ablation not in ABLATIONS:
@@ -119,8 +126,8 @@ def parse_target(text):
 def _parse_operator(text, config, ablation):
     if ablation and ablation not in OPERATOR_ABLATIONS:
         raise ValueError(
-            f'{text!r}: ablation {ablation!r} changes nothing in an operator alone; expected one of '
-            f'{list(OPERATOR_ABLATIONS)}, or a backbone'
+            f'{text!r}: ablation {ablation!r} changes nothing in an operator alone; choose one of '
+            f'{list(OPERATOR_ABLATIONS)}, or measure a backbone'
         )
     try:
         if ablation:
@@ -133,7 +140,7 @@ def _parse_operator(text, config, ablation):
 
 
 def _backbone_config(text, base):
-    """Find the config of a backbone, with its scope, and the modules to import for it."""
+    """Return the config of a backbone, with its scope in ``type``, and the modules to import for it."""
     if base in BACKBONES:
         return Config(BACKBONES[base]), ()
     if base.endswith('.py') and Path(base).is_file():
@@ -158,7 +165,7 @@ def _parse_backbone(text, config, ablation, imports):
     if not ablation:
         return Target(text, 'backbone', config, imports=imports)
     if config['type'].rpartition('.')[2] != 'SOFT':
-        raise ValueError(f'{text!r}: {config["type"]} has no ablations; they exist for soft_mm.SOFT only')
+        raise ValueError(f'{text!r}: {config["type"]} has no ablations: expected soft_mm.SOFT; leave the ablation out')
     if ablation in REPLACEMENTS:
         return Target(text, 'backbone', config, ablation, imports)
     attention = config.get('attention') or {}
@@ -172,7 +179,7 @@ def _parse_backbone(text, config, ablation, imports):
     return Target(text, 'backbone', dict(config, attention=attention), imports=imports)
 
 
-def _parse_options(text, whole):
+def _parse_options(text, target):
     """Parse ``a=1,b.c=x`` into a dict. Commas within brackets do not separate options."""
     options, depth, start = {}, 0, 0
     for end, letter in enumerate(f'{text},'):
@@ -184,7 +191,7 @@ def _parse_options(text, whole):
             continue
         key, equals, value = item.partition('=')
         if not equals:
-            raise ValueError(f'{whole!r}: option {item!r} must have the form key=value')
+            raise ValueError(f'{target!r}: option {item!r} must have the form key=value')
         try:
             options[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
@@ -193,14 +200,14 @@ def _parse_options(text, whole):
 
 
 def build_step(target, size, batch_size, train, device, heads=2, head_dims=32):
-    """Build a target and the function to be timed.
+    """Build a target and the function to measure.
 
     Args:
-        target (Target): What to build.
-        size (tuple[int, int]): Height and width of the images in pixels. An operator works on the grid of stage 1, a
-            quarter of each side. For a sequence ``(1, n)``.
-        batch_size (int): Number of images.
-        train (bool): Whether to run forward and backward, instead of forward alone.
+        target (Target): Target to build.
+        size (tuple[int, int]): Height and width of the images in pixels. An operator works on the grid of stage 1,
+            whose sides are a quarter of these. For a sequence ``(1, n)``.
+        batch_size (int): Number of images or sequences.
+        train (bool): Whether to run forward and backward, instead of forward only.
         device (torch.device | str): Device to compute on.
         heads (int): Heads of an operator. Defaults to 2.
         head_dims (int): Channels per head of an operator. Defaults to 32.
@@ -209,13 +216,11 @@ def build_step(target, size, batch_size, train, device, heads=2, head_dims=32):
         Callable[[], None]: Function that runs one step.
 
     Raises:
-        ValueError: If the backbone is not registered, if its replacement does not work in training, or for a sequence
-            whose size does not begin with 1.
+        ValueError: If the backbone is not registered, if its ablation does not work in training, or if the size of a
+            sequence does not have the form ``(1, n)``.
     """
     if target.is_sequence and size[0] != 1:
-        raise ValueError(
-            f'{target.name!r} encodes sequences: size {size[0]}x{size[1]} must be 1xN, where N is the number of tokens'
-        )
+        raise ValueError(f'{target.name!r} encodes sequences: size {size[0]}x{size[1]}: expected 1xN with N tokens')
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         if target.kind == 'operator':
@@ -240,9 +245,12 @@ def build_step(target, size, batch_size, train, device, heads=2, head_dims=32):
 def build_operator(target, size, batch_size, train, device, heads, head_dims):
     """Build the attention of an operator, without its projections.
 
+    Args:
+        target, size, batch_size, train, device, heads, head_dims: As in :func:`build_step`.
+
     Returns:
-        tuple[Callable, list[Tensor], tuple[Parameter, ...]]: The function to time, its inputs, and parameters that may
-            receive a gradient. The inputs are random tokens after the attention's own projection.
+        tuple[Callable, list[Tensor], tuple[Parameter, ...]]: The function to measure, its inputs, and parameters that
+            may receive a gradient. The inputs are random tokens after the projection of the attention.
     """
     grid = _grid(size)
     module = build_attention(target.config, heads * head_dims, heads, **_STAGE_1).to(device).train(train)
@@ -256,11 +264,17 @@ def build_operator(target, size, batch_size, train, device, heads, head_dims):
 def build_backbone(target, size, batch_size, train, device):
     """Build a backbone.
 
+    Args:
+        target, size, batch_size, train, device: As in :func:`build_step`.
+
     Returns:
         tuple[nn.Module, list[Tensor], tuple[Parameter, ...]]: The model, its inputs, and its parameters.
+
+    Raises:
+        ValueError: If the backbone is not registered, or if its ablation does not work in training.
     """
     if train and target.replacement in EVALUATION_ONLY:
-        raise ValueError(f'{target.name!r}: {target.replacement} is for evaluation only; measure it without training')
+        raise ValueError(f'{target.name!r}: {target.replacement} is for evaluation only; leave out --train')
     for module in target.imports:
         importlib.import_module(module)
     scope, _, kind = target.config['type'].rpartition('.')
@@ -268,13 +282,15 @@ def build_backbone(target, size, batch_size, train, device):
     try:
         with toolbox_scope(Config(dict(default_scope=scope))), MODELS.switch_scope_and_registry(scope) as registry:
             if registry.get(kind) is None:
-                raise ValueError(f'{target.name!r}: {target.config["type"]} is not in the registry of {scope}')
+                raise ValueError(
+                    f'{target.name!r}: {target.config["type"]} is not in the registry of {scope}; check its name'
+                )
             model = registry.build(dict(target.config, type=kind)).to(device)
     except ModuleNotFoundError as error:
         if error.name not in (scope, f'{scope}.models'):
             raise
-        raise ValueError(f'{target.name!r} needs {scope}, which is not installed') from None
-    # Some backbones return nothing from train().
+        raise ValueError(f'{target.name!r} needs {scope}, which is not installed; install it first') from None
+    # Not chained, because train() of some backbones returns None.
     model.train(train)
     if target.replacement:
         REPLACEMENTS[target.replacement](model)

@@ -1,8 +1,7 @@
-"""One measurement of a token sweep, in a process of its own.
+"""One measurement of a token sweep, in a separate process that :mod:`benchmarks.sweep` starts.
 
-``python -m benchmarks.worker`` reads a request as JSON from standard input and prints the answer as JSON.
-:mod:`benchmarks.sweep` starts it. Memory on the CPU is limited and measured through interfaces of Linux, which only
-this module uses.
+``python -m benchmarks.worker`` reads a request as JSON from standard input and prints the answer as JSON. It limits and
+measures memory on the CPU through interfaces of Linux, which only this module uses.
 """
 
 import ctypes
@@ -19,28 +18,26 @@ from soft_mm.complexity import count_multiply_adds
 
 from .targets import Target, build_step
 
-# A step at this size loads the libraries and their workspaces, which do not depend on the input.
+# A first step at this size loads libraries and allocates their workspaces, so that these do not count as memory.
 _WARM_SIZE = (64, 64)
-# mallopt(3): larger allocations go back to the system as soon as they are freed.
+# mallopt(3): allocations above this threshold return to the system when they are freed.
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**20
-# Part of the available memory that a measurement may use by default.
+# Default limit of a measurement, as a fraction of the available memory.
 _MEMORY_SHARE = 0.75
 
 
 def measure(request):
-    """Carry out one request.
+    """Measure the time or the memory of a target.
 
     Args:
-        request (dict): ``what`` (``'time'`` or ``'memory'``), ``target`` and, for time, ``peer`` (fields of a
-            :class:`~benchmarks.targets.Target`, or None), ``size``, ``batch_size``, ``train``, ``device``, ``heads``,
-            ``head_dims``, ``repeats``, ``seconds`` (time in seconds after which no repeat begins, after at least
-            three) and ``max_memory`` (limit in GiB for a measurement on the CPU, or None for three quarters of the
-            available memory).
+        request (dict): ``what`` (``'time'`` or ``'memory'``), ``target`` (fields of a
+            :class:`~benchmarks.targets.Target`), ``peer`` (fields of a second target for time, or None), ``size``, and
+            the fields of :class:`~benchmarks.sweep.SweepOptions`.
 
     Returns:
-        dict: For time, ``seconds`` and with a peer ``peer_seconds``, each a list with one entry per repeat, measured in
-            turns, and ``multiply_adds`` of a forward, or None where they cannot be counted. For memory, ``bytes``: the
-            peak during a step minus the memory in use before it.
+        dict: For time: ``seconds`` and, with a peer, ``peer_seconds``, each a list with one entry per repeat. Target
+            and peer are measured alternately. Also ``multiply_adds`` of one forward pass, or None if they cannot be
+            counted. For memory: ``bytes``, the peak during a step minus the memory in use before it.
     """
     targets = [Target(**fields) for fields in (request['target'], request.get('peer')) if fields]
     size, device = tuple(request['size']), torch.device(request['device'])
@@ -57,7 +54,7 @@ def measure(request):
         with FakeTensorMode(allow_non_fake_inputs=True):
             return dict(times, multiply_adds=count_multiply_adds(forward))
     except (RuntimeError, NotImplementedError):
-        # Operators of some libraries compute on real tensors only.
+        # Some operators need tensors with data.
         return dict(times, multiply_adds=None)
 
 
@@ -83,7 +80,7 @@ def _measure_times(steps, repeats, seconds, device):
 
 def _peak_memory(target, size, settings, device):
     if device.type == 'cpu':
-        # Resident memory is then the memory of live tensors, without freed blocks that the allocator keeps.
+        # Then the allocator keeps no large freed blocks, and resident memory is the memory of live tensors.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
     warm_size = (1, min(size[1], _WARM_SIZE[1])) if target.is_sequence else _WARM_SIZE
     build_step(target, warm_size, **settings)()
@@ -94,7 +91,7 @@ def _peak_memory(target, size, settings, device):
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    # The step could otherwise reuse memory that the first one freed, and the peak would not show it.
+    # Otherwise the step could reuse memory that the first step freed, and the peak would not show it.
     ctypes.CDLL(None).malloc_trim(0)
     _reset_peak()
     before = _status_bytes('VmRSS')
@@ -103,12 +100,12 @@ def _peak_memory(target, size, settings, device):
 
 
 def _reset_peak():
-    # proc_pid_clear_refs(5): writing 5 sets the peak to the present size.
+    # proc_pid_clear_refs(5): writing 5 resets the peak to the current resident size.
     Path('/proc/self/clear_refs').write_text('5')
 
 
 def _status_bytes(key):
-    """Read a size of this process in bytes."""
+    """Return a size in the status of this process, in bytes."""
     return _read_kib('/proc/self/status', key) * 1024
 
 
@@ -116,13 +113,13 @@ def _read_kib(file, key):
     for line in Path(file).read_text().splitlines():
         if line.startswith(f'{key}:'):
             return int(line.split()[1])
-    raise RuntimeError(f'{file} has no {key}: a CPU can be measured on Linux only')
+    raise RuntimeError(f'{file} has no {key}: memory on a CPU can be measured on Linux only; measure with --no-memory')
 
 
 def _limit_memory(max_memory):
-    """Limit the data of this process in GiB, so that too large a measurement raises an error here.
+    """Limit the memory of this process to ``max_memory`` GiB, so that a measurement above the limit raises an error.
 
-    Without a limit, the kernel would choose a process to end.
+    Without a limit, the kernel could kill any other process instead.
     """
     gib = max_memory or _MEMORY_SHARE * _read_kib('/proc/meminfo', 'MemAvailable') / 2**20
     limit = _status_bytes('VmData') + int(gib * 2**30)
@@ -130,8 +127,15 @@ def _limit_memory(max_memory):
 
 
 def is_out_of_memory(error):
-    """Check whether an exception says that memory ran out, on the CPU or on an accelerator."""
-    # oneDNN only says that it could not create something.
+    """Return whether an exception means that memory ran out.
+
+    Args:
+        error (Exception): Exception of a step, on the CPU or on an accelerator.
+
+    Returns:
+        bool: True if memory ran out.
+    """
+    # oneDNN reports a failed allocation only as 'could not create a primitive' or similar.
     texts = ("can't allocate memory", 'bad_alloc', 'could not create a')
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

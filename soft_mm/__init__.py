@@ -1,4 +1,4 @@
-"""SOFT, the softmax-free transformer, for the OpenMMLab toolboxes. The import needs torch and mmengine only."""
+"""SOFT, the softmax-free transformer, for the OpenMMLab toolboxes. Importing it needs torch and mmengine only."""
 
 from .configs import config_names, config_path
 from .version import __version__
@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 try:
     from .models import SOFT, SoftmaxFreeAttention
 except (ImportError, AttributeError) as error:
-    # mmengine's registry hides these two errors when it imports a plugin, and then reports that SOFT is not registered.
+    # mmengine's registry hides these two errors when it imports a plugin, and reports only that SOFT is not registered.
     raise RuntimeError(f'soft_mm could not be imported: {type(error).__name__}: {error}') from error
 
 __all__ = ['SOFT', 'SoftmaxFreeAttention', '__version__', 'config_names', 'config_path']

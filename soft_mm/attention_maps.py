@@ -12,7 +12,7 @@ from soft_mm.utils import make_figure
 
 
 def image_attention(model, image, points, stage, block=-1):
-    """Compute rows of the attention of one block for query pixels of an image.
+    """Compute rows of the attention matrix of one block, for query pixels of an image.
 
     Args:
         model (nn.Module): Model of :func:`soft_mm.inference.load_model` with a SOFT backbone.
@@ -25,18 +25,22 @@ def image_attention(model, image, points, stage, block=-1):
         Tensor: ``(len(points), h, H', W')`` on the grid of the stage.
 
     Raises:
-        ValueError: If the model has no SOFT backbone, its attention has no rows, or a point, the stage or the block
-            does not exist.
+        ValueError: If the model has no SOFT backbone, its attention has no method ``rows``, or a point, the stage or
+            the block does not exist.
     """
     if not isinstance(getattr(model, 'backbone', None), SOFT):
-        raise ValueError('the model has no SOFT as `backbone`; give the config of a model with one')
+        raise ValueError(
+            "model.backbone is not a SOFT backbone; give the config of a model with backbone type='soft_mm.SOFT'"
+        )
     height, width = image.shape[:2]
     for x, y in points:
         if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(f'point {x},{y} is outside the image of {width}x{height} pixels; x and y count from 0')
+            raise ValueError(
+                f'point {x},{y} is outside the image of {width}x{height} pixels; x and y are counted from 0'
+            )
     stages = model.backbone.stages[:3]
     if not 1 <= stage <= len(stages):
-        raise ValueError(f'stage {stage} does not exist: stages 1 to {len(stages)} have this attention')
+        raise ValueError(f'stage {stage} does not exist: expected 1 to {len(stages)}, the stages with this attention')
     blocks = stages[stage - 1].blocks
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(f'block {block} does not exist: stage {stage} has {len(blocks)} blocks, counted from 0')
@@ -45,7 +49,7 @@ def image_attention(model, image, points, stage, block=-1):
         raise ValueError(f'{type(attention).__name__} has no method `rows`; use an attention of soft_mm.models')
     hook = attention.register_forward_pre_hook(lambda module, args: inputs.append(args))
     pixels = torch.from_numpy(np.ascontiguousarray(image)).float()
-    # A preprocessor that does not normalise has no mean and no deviation.
+    # A preprocessor without normalisation has no mean and no standard deviation.
     if hasattr(model.data_preprocessor, 'mean'):
         mean, std = (getattr(model.data_preprocessor, name).flatten().cpu() for name in ('mean', 'std'))
         pixels = (pixels - mean) / std
@@ -60,7 +64,7 @@ def image_attention(model, image, points, stage, block=-1):
 
 
 def draw_attention(image, rows, points, out_file, heads=None):
-    """Draw rows of the attention over the image: one line of pictures per query, one picture per head.
+    """Draw rows of the attention matrix over the image, with one row of pictures per query and one column per head.
 
     Args:
         image (ndarray): ``(H, W, 3)``, RGB.
@@ -82,7 +86,7 @@ def draw_attention(image, rows, points, out_file, heads=None):
             weights = F.interpolate(row[None, None, head], size=(height, width), mode='bilinear')[0, 0].cpu().numpy()
             bound = max(abs(weights).max(), 1e-12)
             axis.imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap='gray', vmin=0, vmax=255)
-            # SOFT has negative weights too.
+            # Weights of SOFT can be negative, so the colour scale is symmetric.
             axis.imshow(weights, cmap='RdBu_r', vmin=-bound, vmax=bound, alpha=0.6)
             axis.plot(*point, marker='+', color='lime', markersize=9, markeredgewidth=2)
             axis.set_axis_off()

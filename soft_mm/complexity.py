@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a model, including attention products and the direct solve."""
+"""Count the parameters and multiply-adds of a model, including attention products and the Cholesky solve."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None,
     return sdpa_flop_count(query_shape, key_shape, value_shape)
 
 
-# Operators that PyTorch's counter does not know.
+# PyTorch's counter would count these operators as 0.
 _MORE_FORMULAE = {
     _aten.linalg_cholesky_ex: _cholesky_flops,
     _aten.cholesky_solve: _cholesky_solve_flops,
@@ -37,12 +37,12 @@ _MORE_FORMULAE = {
 
 @dataclass(frozen=True)
 class Part:
-    """Cost of a part of a model.
+    """Cost of a module of a model, or of the whole model.
 
     Attributes:
         name: Name of the module in the model, ``''`` for the whole model.
         parameters: Number of parameters. Shared parameters count once.
-        multiply_adds: Multiply-adds of one forward.
+        multiply_adds: Multiply-adds of one forward pass.
     """
 
     name: str
@@ -51,15 +51,19 @@ class Part:
 
 
 def flop_counter():
-    """Return PyTorch's flop counter with formulae for the direct solve and for fused attention on a CPU."""
+    """Create PyTorch's flop counter with additional formulas, for the Cholesky solve and fused attention on a CPU.
+
+    Returns:
+        FlopCounterMode: The counter, a context manager.
+    """
     return FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAE)
 
 
 def count_multiply_adds(run):
-    """Count the multiply-adds of ``run()``: half of the floating point operations of its products and convolutions.
+    """Count multiply-adds: half of the floating-point operations of matrix products and convolutions.
 
     Args:
-        run (Callable[[], object]): A forward.
+        run (Callable[[], object]): Function that runs a forward pass.
 
     Returns:
         int: Multiply-adds.
@@ -71,14 +75,14 @@ def count_multiply_adds(run):
 
 
 def parts_of(model, prefix=''):
-    """List the modules of the table: the children of the model, of its backbone, and of module lists.
+    """List the modules to count separately: the children of the model, of its backbone, and of module lists.
 
     Args:
         model (nn.Module): A model or a backbone.
         prefix (str): Prefix of every name. Defaults to ''.
 
     Returns:
-        list[str]: Names.
+        list[str]: Names of the modules. Modules without parameters are left out.
     """
     names = []
     for name, child in model.named_children():
@@ -92,15 +96,15 @@ def parts_of(model, prefix=''):
 
 
 def model_complexity(model, run):
-    """Count a model and its parts.
+    """Count the parameters and multiply-adds of a model and of its modules.
 
     Args:
         model (nn.Module): The model.
-        run (Callable[[], object]): One forward of the model.
+        run (Callable[[], object]): Function that runs one forward pass of the model.
 
     Returns:
-        list[Part]: Parts in the order of the model, then the whole model. Operations outside all parts, such as the
-        model's own position embeddings, count for the whole model only.
+        list[Part]: The modules of :func:`parts_of`, then the whole model. Operations outside these modules count for
+        the whole model only.
     """
     counter = flop_counter()
     with torch.no_grad(), counter:
@@ -109,7 +113,7 @@ def model_complexity(model, run):
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 
     def flops(name):
-        # A part whose own method is called instead of the part: only its children are counted.
+        # The counter sees forward calls only. If the model calls another method of a module, sum its children.
         if f'{root}.{name}' in counts:
             return counts[f'{root}.{name}']
         return sum(flops(f'{name}.{child}') for child, _ in model.get_submodule(name).named_children())
@@ -123,21 +127,28 @@ def _count_parameters(module):
 
 
 def encodes_sequences(backbone):
-    """Return whether the config of a backbone belongs to a sequence encoder, which takes token ids."""
+    """Return whether a backbone encodes sequences of token ids instead of images.
+
+    Args:
+        backbone (dict): Config of the backbone.
+
+    Returns:
+        bool: True if the config has a ``vocab_size``.
+    """
     return 'vocab_size' in backbone
 
 
 def random_input(backbone, size, batch_size=1, device=None):
-    """Draw an input of a backbone: images ``(B, C, H, W)``, or token ids ``(B, n)`` for a sequence encoder.
+    """Draw a random input of a backbone.
 
     Args:
         backbone (dict): Config of the backbone.
         size (tuple[int, ...]): ``(H, W)`` in pixels. For a sequence ``(n,)`` or ``(1, n)``.
-        batch_size (int): Images or sequences. Defaults to 1.
+        batch_size (int): Number of images or sequences. Defaults to 1.
         device (torch.device | str | None): Device. Defaults to None: the CPU.
 
     Returns:
-        Tensor: The input.
+        Tensor: Images ``(B, C, H, W)``, or token ids ``(B, n)`` for a sequence encoder.
     """
     if encodes_sequences(backbone):
         return torch.randint(1, backbone['vocab_size'], (batch_size, size[-1]), device=device)
@@ -145,10 +156,10 @@ def random_input(backbone, size, batch_size=1, device=None):
 
 
 def config_complexity(config, shape, backbone_only=False):
-    """Count the model of a config for one input.
+    """Count the parameters and multiply-adds of the model of a config for one input.
 
-    Classifiers and segmentors are counted on tensors without data. Detectors select proposals by their values, and some
-    heads use kernels of mmcv, so these are computed.
+    Classifiers and segmentors run on tensors without data, which costs no computation. Detectors select proposals by
+    their values, and some heads use kernels of mmcv, so these models are really computed.
 
     Args:
         config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.
@@ -160,7 +171,8 @@ def config_complexity(config, shape, backbone_only=False):
 
     Raises:
         FileNotFoundError: If the config does not exist.
-        ValueError: If the config has no model (or backbone, if requested), or the shape is not that of a sequence.
+        ValueError: If the config has no model (or backbone, if requested), or if it encodes sequences and the shape is
+            neither ``(n,)`` nor ``(1, n)``.
     """
     cfg = read_config(config)
     if 'model' not in cfg or (backbone_only and 'backbone' not in cfg.model):
@@ -170,10 +182,10 @@ def config_complexity(config, shape, backbone_only=False):
         raise ValueError(
             f'{config} encodes sequences: shape={tuple(shape)}: expected 1 and the number of tokens (--shape 1 N)'
         )
-    # The proposals of a detector depend on the weights, so the weights are seeded.
+    # The number of proposals of a detector depends on its random weights, so they are seeded.
     with toolbox_scope(cfg) as scope, torch.random.fork_rng([]):
         torch.manual_seed(0)
-        # The counter fails on parameters that require a gradient and are passed to a module.
+        # The counter fails if a module is called with a parameter that requires a gradient.
         model = build_model(cfg, backbone_only).eval().requires_grad_(False)
         image = random_input(backbone, shape)
         if scope == 'mmdet' and not backbone_only:
@@ -183,7 +195,7 @@ def config_complexity(config, shape, backbone_only=False):
             samples = [DetDataSample(metainfo=dict(sizes, scale_factor=(1.0, 1.0)))]
             return model_complexity(model, lambda: model(image, samples, mode='tensor'))
         if scope == 'mmseg' and not backbone_only:
-            # Some heads have a forward for prediction only.
+            # The forward method of some heads, such as Mask2Former's, needs more arguments than mode='tensor' passes.
             metas = [dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), tuple(shape))]
             model.forward = functools.partial(model.encode_decode, batch_img_metas=metas)
         try:

@@ -1,4 +1,4 @@
-"""Names and files of the configs that the package carries."""
+"""Names and paths of the configs in the package."""
 
 import difflib
 from pathlib import Path
@@ -7,18 +7,18 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _folder():
-    # An installed package has them where openmim looks, a checkout has them beside the package.
+    # openmim requires the configs of an installed package in `.mim`. A checkout has them in its root.
     for folder in (_PACKAGE / '.mim' / 'configs', _PACKAGE.parent / 'configs'):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f'no configs in {_PACKAGE / ".mim"}: install soft_mm again')
+    raise FileNotFoundError(f'{_PACKAGE / ".mim" / "configs"} does not exist: reinstall soft_mm')
 
 
 def config_names():
     """List the names of all configs, such as ``'coco/retinanet_soft-tiny-norm_fpn_1x_coco.py'``.
 
     Returns:
-        list[str]: Paths below the folder of the configs, excluding ``_base_/``.
+        list[str]: Paths relative to the folder of the configs, excluding ``_base_/``.
 
     Raises:
         FileNotFoundError: If the package was installed without configs.
@@ -29,16 +29,16 @@ def config_names():
 
 
 def config_path(name):
-    """Return the file of a config, for ``_base_`` of another config or for a command line.
+    """Return the path of a config, for example to use it in ``_base_`` or on a command line.
 
     Args:
-        name (str): One of :func:`config_names`, or a file under ``_base_/``.
+        name (str): One of :func:`config_names`, or a path that starts with ``_base_/``.
 
     Returns:
         str: Path of the file.
 
     Raises:
-        FileNotFoundError: If the config does not exist. The message has the closest names.
+        FileNotFoundError: If the config does not exist. The message lists the closest names.
 
     Example:
         >>> import soft_mm
@@ -49,6 +49,6 @@ def config_path(name):
         known = config_names()
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
         raise FileNotFoundError(
-            f'soft_mm has no config {name!r}; the closest are {near}, soft_mm.config_names() lists all'
+            f'soft_mm has no config {name!r}; the closest are {near}. soft_mm.config_names() lists all'
         )
     return str(path)

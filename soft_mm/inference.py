@@ -1,4 +1,4 @@
-"""Predictions of a trained model, drawn by the inferencer of its toolbox."""
+"""Loading of trained models, and predictions drawn by the inferencer of the toolbox."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 def find_images(path):
-    """Return an image file, or the image files of a folder in the order of their names.
+    """List the image files of a folder, sorted by name, or a single image file.
 
     Args:
         path (str | Path): Image file or folder.
@@ -36,18 +36,18 @@ def find_images(path):
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
-            raise ValueError(f'{path} holds no images ({", ".join(SUFFIXES)})')
+            raise ValueError(f'{path} contains no images: expected files that end in {", ".join(SUFFIXES)}')
     elif path.is_file():
         files = [path]
     else:
-        raise FileNotFoundError(f'there is no image or folder {path}')
+        raise FileNotFoundError(f'{path} does not exist: expected an image file or a folder')
     for file in files:
         try:
             with Image.open(file) as image:
                 image.verify()
         except Exception as error:
-            # Each format raises its own exceptions for a truncated file.
-            raise ValueError(f'{file} cannot be read as an image: {error}') from None
+            # The type of the exception for a truncated file depends on its format.
+            raise ValueError(f'{file} cannot be read as an image: {error}; replace or remove it') from None
     return [str(file) for file in files]
 
 
@@ -63,7 +63,7 @@ def read_image(path):
     Raises:
         ValueError: If OpenCV cannot read the format.
     """
-    # OpenCV itself cannot open every path on Windows.
+    # On Windows, cv2.imread cannot open paths with characters outside the system's code page.
     image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise ValueError(f'{path} cannot be read by OpenCV: convert it to PNG or JPEG')
@@ -74,9 +74,9 @@ def check_weights(model, checkpoint, path):
     """Check that a checkpoint has every weight of a model. The toolboxes do not check this.
 
     Args:
-        model (nn.Module): Model, with or without a wrapper for several processes.
+        model (nn.Module): Model, which may have a wrapper for distributed training.
         checkpoint (dict): Content of the checkpoint, see :func:`~soft_mm.checkpoints.load_weights`.
-        path (str): Its file, for the message.
+        path (str): File of the checkpoint, for the message.
 
     Returns:
         dict[str, Tensor]: Weights with the keys of the model.
@@ -91,21 +91,21 @@ def check_weights(model, checkpoint, path):
 
 
 def read_whole_model(source):
-    """Read the checkpoint of a whole model safely, before a toolbox reads it again with plain unpickling.
+    """Read the checkpoint of a whole model safely, before a toolbox reads the file again and unpickles it unchecked.
 
     Args:
         source (str | Path): File, or http or https address.
 
     Returns:
-        tuple[str, dict]: File to give to the toolbox, and its content.
+        tuple[str, dict]: Local file, for the toolbox, and its content.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it cannot be read (:func:`~soft_mm.checkpoints.load_weights`), or is a safetensors file, which
-            the toolboxes do not read.
+        ValueError: If the file is refused or damaged, see :func:`~soft_mm.checkpoints.load_weights`, or if it is a
+            safetensors file, which the toolboxes cannot read.
     """
     if str(source).endswith('.safetensors'):
-        raise ValueError(f'{source}: the toolboxes read whole models from .pth files only; convert it to .pth')
+        raise ValueError(f'{source}: the toolboxes cannot read safetensors files: give a .pth file')
     content = load_weights(source)
     return local_file(source), content
 
@@ -115,7 +115,7 @@ def load_model(config, checkpoint):
 
     Args:
         config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.
-        checkpoint (str | Path): File or address of its checkpoint.
+        checkpoint (str | Path): File of its checkpoint, or http or https address.
 
     Returns:
         nn.Module: Model in evaluation mode.
@@ -167,15 +167,16 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
     Args:
         images (list[str]): Image files.
         config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.
-        checkpoint (str | Path): File or address of its checkpoint.
-        out_dir (str | Path): Folder. One picture per image is written to ``vis`` in it.
+        checkpoint (str | Path): File of its checkpoint, or http or https address.
+        out_dir (str | Path): Output folder. One picture per image is written to its subfolder ``vis``.
         device (str | None): ``'cpu'``, ``'cuda'`` or ``'cuda:i'``. Defaults to None: a GPU if there is one.
-        score_thr (float): Boxes with a lower score are not drawn. Defaults to 0.3.
+        score_thr (float): Smallest score of a box that is drawn. Defaults to 0.3.
 
     Returns:
         Path: Folder of the pictures.
 
     Raises:
+        FileNotFoundError: If the config or the checkpoint does not exist.
         ValueError: If the config belongs to no toolbox, the checkpoint does not fit or cannot be read, or two pictures
             would have the same name.
     """
@@ -184,16 +185,16 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
     scope = cfg.get('default_scope')
     if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
         raise ValueError(f"{config}: default_scope={scope!r}: expected 'mmpretrain', 'mmdet' or 'mmseg'")
-    # This process may have used another toolbox before.
+    # Another toolbox may have been the default scope of this process.
     init_default_scope(scope)
-    # The checkpoint has every weight.
+    # The checkpoint sets every weight, so pretrained weights are not needed.
     cfg.model.backbone.init_cfg = None
     if scope == 'mmpretrain':
         from mmpretrain.apis import ImageClassificationInferencer
 
         names = [Path(image).with_suffix('').name for image in images]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f'several images have the same name without suffix, {repeated[:3]}: rename them')
+            raise ValueError(f'several images have the same name apart from the suffix, {repeated[:3]}: rename them')
         inferencer = ImageClassificationInferencer(cfg, pretrained=file, device=device)
         options = dict(show_dir=str(pictures))
     elif scope == 'mmdet':

@@ -1,6 +1,6 @@
-"""The registry of the plugin, a child of mmengine's.
+"""The registry of the plugin, a child of mmengine's registry.
 
-mmengine imports this module by itself when a config names ``soft_mm.<Type>``, then imports its ``locations``.
+When a config names ``soft_mm.<Type>``, mmengine imports this module and then the ``locations`` of its registry.
 """
 
 from mmengine.registry import MODELS as MMENGINE_MODELS

@@ -1,4 +1,4 @@
-"""Arguments and runner of ``tools/train.py`` and ``tools/test.py``, for a config of any toolbox."""
+"""Command line and runner of ``tools/train.py`` and ``tools/test.py``, for configs of any toolbox."""
 
 import argparse
 import contextlib
@@ -16,22 +16,29 @@ from .utils import read_config
 
 
 def runner_parser(description):
-    """Return a parser with the arguments that training and testing share."""
+    """Build a parser with the arguments that training and testing share.
+
+    Args:
+        description (str): Description of the program.
+
+    Returns:
+        argparse.ArgumentParser: The parser.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder of logs and checkpoints (default: work_dirs/<config name>)')
-    parser.add_argument('--amp', action='store_true', help='mixed precision')
+    parser.add_argument('--amp', action='store_true', help='use automatic mixed precision')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher')
-    # torch.distributed.launch passes it. mmengine reads it from the environment.
+    # torch.distributed.launch passes this argument, but mmengine reads the environment variable LOCAL_RANK.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='settings that override the config'
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings of the config'
     )
     return parser
 
 
 def load_config(parser, args):
-    """Read the config of the command line with its overrides. If there is no such file, end the program.
+    """Read the config of the command line and apply the overrides. Exit with a message if the file does not exist.
 
     Args:
         parser (argparse.ArgumentParser): Parser of :func:`runner_parser`.
@@ -41,7 +48,7 @@ def load_config(parser, args):
         Config: The config.
     """
     if not Path(args.config).is_file():
-        parser.error(f'there is no config {args.config}; configs of soft_mm are in configs/')
+        parser.error(f'{args.config} does not exist: expected a config file, such as those in configs/')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
@@ -52,7 +59,7 @@ def load_config(parser, args):
 
 
 def build_runner(cfg):
-    """Build mmengine's runner, or the ``runner_type`` of the config.
+    """Build mmengine's runner, or the runner that the config names as ``runner_type``.
 
     Args:
         cfg (Config): Config with a ``launcher``.
@@ -61,7 +68,7 @@ def build_runner(cfg):
         Runner: The runner.
     """
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
-        # mmengine's own start of several processes needs one GPU per process.
+        # mmengine's initialisation of several processes needs one GPU per process.
         torch.distributed.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False))
         cfg.model_wrapper_cfg.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
@@ -71,10 +78,15 @@ def build_runner(cfg):
 
 @contextlib.contextmanager
 def missing_files():
-    """If a file or a data set is missing, end the program with one sentence instead of a traceback."""
+    """Exit with one sentence instead of a traceback if a file or a data set is missing.
+
+    Yields:
+        None
+    """
     try:
         yield
     except FileNotFoundError as error:
-        # The message about weights already says what to do.
-        hint = '; if it belongs to a data set, set the data_root of train_dataloader.dataset, and of val and test'
+        # The message about pretrained weights already says what to do.
+        datasets = 'train_dataloader.dataset, val_dataloader.dataset and test_dataloader.dataset'
+        hint = f'; if it belongs to a data set, set data_root of {datasets}'
         sys.exit(f'{error}{"" if "init_cfg" in str(error) else hint}')

@@ -1,4 +1,4 @@
-"""Configs and their models, files written atomically, figures and devices."""
+"""Helpers for configs and models, atomic file writes, figures and devices."""
 
 import contextlib
 import importlib
@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-# mmengine 0.10.7 reloads pkg_resources while it resolves `mmdet::`, and fails if another thread does the same.
+# mmengine 0.10.7 reloads pkg_resources when it resolves `mmdet::`, and fails if two threads do so at once.
 _CONFIG_LOCK = threading.Lock()
 
 
@@ -30,17 +30,20 @@ def read_config(path):
     """
     with _CONFIG_LOCK:
         if os.getcwd() not in sys.path:
-            # At the end, so that no installed package is hidden.
+            # Appended, so that the folder cannot shadow installed packages.
             sys.path.append(os.getcwd())
         return Config.fromfile(path)
 
 
 @contextlib.contextmanager
 def toolbox_scope(cfg):
-    """Make the registries of a config's toolbox the default ones. Yields the name of the scope.
+    """Make the toolbox of a config the default scope of mmengine's registries.
 
     Args:
-        cfg (Config): Config with a ``default_scope``. Without it the scope is mmengine's.
+        cfg (Config): Config. Without ``default_scope`` in it, the scope is ``'mmengine'``.
+
+    Yields:
+        str: Name of the scope.
     """
     scope = cfg.get('default_scope', 'mmengine')
     if scope != 'mmengine':
@@ -50,7 +53,7 @@ def toolbox_scope(cfg):
 
 
 def build_model(cfg, backbone_only=False):
-    """Build the model of a config in the scope of its toolbox. Its ``init_cfg`` is not applied.
+    """Build the model of a config in the scope of its toolbox, without applying its ``init_cfg``.
 
     Args:
         cfg (Config): Config with a ``model``.
@@ -64,22 +67,25 @@ def build_model(cfg, backbone_only=False):
             return MODELS.build(cfg.model.backbone)
         model = dict(cfg.model)
         if 'data_preprocessor' in cfg:
-            # mmengine's runner does the same.
+            # mmengine's runner also moves it into the model.
             model.setdefault('data_preprocessor', cfg.data_preprocessor)
         return MODELS.build(model)
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Write a file atomically. Yields a temporary path in the same folder, which is renamed to ``path`` at the end.
+    """Write a file atomically (temporary file, then rename).
 
-    If the block raises an error, the temporary file is removed and the old file stays.
+    If the block raises an error, the temporary file is removed and the old file is kept.
 
     Args:
         path (str | Path): File to write.
+
+    Yields:
+        Path: Temporary file in the same folder, to be written by the block.
     """
     path = Path(path)
-    # The process id keeps parallel writers of one file apart.
+    # With the process id, parallel writers of one file use different temporary files.
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         yield temporary
@@ -89,18 +95,29 @@ def atomic_path(path):
 
 
 def write_text(path, text):
-    """Write a text file atomically (temporary file, then rename)."""
+    """Write a text file atomically, in UTF-8.
+
+    Args:
+        path (str | Path): File to write.
+        text (str): Content.
+    """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
 
 
 def write_json(path, content, indent=2):
-    """Write a JSON file atomically (temporary file, then rename)."""
+    """Write a JSON file atomically.
+
+    Args:
+        path (str | Path): File to write.
+        content (object): Content that JSON can represent.
+        indent (int | None): Indentation. None writes one line. Defaults to 2.
+    """
     write_text(path, json.dumps(content, indent=indent) + '\n')
 
 
 def make_figure(rows, columns, size):
-    """Return a matplotlib figure, and its axes as a 2-D array. It needs no display.
+    """Create a matplotlib figure with a grid of axes. No display is needed.
 
     Args:
         rows (int): Rows of axes.
@@ -108,7 +125,7 @@ def make_figure(rows, columns, size):
         size (tuple[float, float]): Width and height in inches.
 
     Returns:
-        tuple[Figure, ndarray]: Figure and axes ``(rows, columns)``. Save it by ``figure.savefig(path, dpi=120)``.
+        tuple[Figure, ndarray]: Figure, to be saved by ``figure.savefig(path)``, and axes ``(rows, columns)``.
     """
     from matplotlib.figure import Figure
 
@@ -123,17 +140,17 @@ def check_device(name):
         name (str): ``'cpu'``, ``'cuda'`` or ``'cuda:i'``.
 
     Raises:
-        ValueError: If it does not exist.
+        ValueError: If the name is unknown or the device does not exist.
     """
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ('cpu', 'cuda'):
-        raise ValueError(f'device {name!r} is unknown; choose cpu, cuda or cuda:i')
+        raise ValueError(f'device {name!r} is unknown; choose cpu, cuda or cuda:<index>')
     if device.type == 'cuda':
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ValueError(
-                f'device {name!r} does not exist: PyTorch sees {count} CUDA devices; choose another or cpu'
+                f'device {name!r} does not exist: PyTorch finds {count} CUDA device(s); choose another index or cpu'
             )

@@ -67,7 +67,7 @@ def test_rows_over_a_coarser_grid_are_shared_out():
 
 def test_other_attentions_and_models_are_named(tmp_path):
     image, model = np.zeros((64, 64, 3), np.uint8), Whole().eval()
-    with pytest.raises(ValueError, match='the model has no SOFT as `backbone`'):
+    with pytest.raises(ValueError, match='model.backbone is not a SOFT backbone'):
         image_attention(torch.nn.Module(), image, [(0, 0)], stage=1)
     model.backbone.stages[0].blocks[0].attn = torch.nn.Linear(16, 16)
     with pytest.raises(ValueError, match='Linear has no method `rows`; use an attention of soft_mm.models'):

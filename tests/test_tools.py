@@ -90,16 +90,16 @@ def test_predict_draws(workspace, checkpoints, tmp_path, task, folder):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(image='none.png'), 'there is no image or folder none.png'),
+        (dict(image='none.png'), 'none.png does not exist: expected an image file or a folder'),
         (dict(image='broken.png'), 'broken.png cannot be read as an image'),
-        (dict(image='empty'), 'empty holds no images'),
+        (dict(image='empty'), 'empty contains no images'),
         (dict(config='none.py'), 'none.py'),
         (dict(checkpoint='none.pth'), 'none.pth does not exist'),
         (dict(device='cuda:7'), "device 'cuda:7'"),
         (dict(checkpoint='other.pth'), 'does not fit the model of this config'),
         (dict(checkpoint='code.pth'), 'code.pth is refused'),
-        (dict(checkpoint='some.safetensors'), 'the toolboxes read whole models from .pth files only'),
-        (dict(image='twins'), "several images have the same name without suffix, ['a']"),
+        (dict(checkpoint='some.safetensors'), 'the toolboxes cannot read safetensors files'),
+        (dict(image='twins'), "several images have the same name apart from the suffix, ['a']"),
     ],
 )
 def test_predict_refuses(workspace, checkpoints, tmp_path, monkeypatch, change, message):
@@ -123,11 +123,11 @@ def test_predict_refuses(workspace, checkpoints, tmp_path, monkeypatch, change, 
 @pytest.mark.parametrize(
     ('name', 'arguments', 'message'),
     [
-        ('train.py', ['none.py'], 'there is no config none.py'),
+        ('train.py', ['none.py'], 'none.py does not exist: expected a config file'),
         ('train.py', [CLASSIFIER, '--resume', 'none.pth'], 'none.pth does not exist'),
-        ('train.py', [CLASSIFIER, '--auto-scale-lr'], 'does not set auto_scale_lr'),
+        ('train.py', [CLASSIFIER, '--auto-scale-lr'], 'set auto_scale_lr = dict'),
         ('test.py', [CLASSIFIER, 'none.pth'], 'none.pth does not exist'),
-        ('test.py', ['none.py', __file__], 'there is no config none.py'),
+        ('test.py', ['none.py', __file__], 'none.py does not exist: expected a config file'),
     ],
 )
 def test_missing_files_are_named(tmp_path, monkeypatch, name, arguments, message):
@@ -140,7 +140,7 @@ def test_missing_data_is_named(tmp_path):
     done = tool('train.py', ADE20K, '--cfg-options', 'model.backbone.init_cfg=None', cwd=tmp_path)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     said = done.stderr.splitlines()[-1]
-    assert 'ADEChallengeData2016/images/training' in said and 'set the data_root of train_dataloader.dataset' in said
+    assert 'ADEChallengeData2016/images/training' in said and 'set data_root of train_dataloader.dataset' in said
 
 
 def test_missing_weights_are_named_with_the_command_that_makes_them(workspace):

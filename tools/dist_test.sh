@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Evaluate on several GPUs: tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of tools/test.py]
-# With several machines, run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# For several machines, set NNODES, NODE_RANK, MASTER_ADDR and PORT, and run it on each machine.
 set -euo pipefail
 if [[ $# -lt 3 || ! $3 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 CONFIG CHECKPOINT GPUS [options of tools/test.py]" >&2

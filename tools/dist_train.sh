@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several GPUs: tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
-# With several machines, run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# For several machines, set NNODES, NODE_RANK, MASTER_ADDR and PORT, and run it on each machine.
 set -euo pipefail
 if [[ $# -lt 2 || ! $2 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 CONFIG GPUS [options of tools/train.py]" >&2

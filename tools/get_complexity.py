@@ -1,4 +1,4 @@
-"""Print the parameters and multiply-adds of the model of a config, and of each stage."""
+"""Print the parameters and multiply-adds of the model of a config and of its modules."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ def main():
         nargs=2,
         default=(224, 224),
         metavar=('H', 'W'),
-        help='image size in pixels (224 224); for a sequence 1 and the number of tokens',
+        help='image height and width in pixels (default: 224 224); for a sequence, 1 and the number of tokens',
     )
     parser.add_argument('--backbone', action='store_true', help='count the backbone only')
     args = parser.parse_args()
@@ -29,7 +29,7 @@ def main():
     table = Table('part', 'parameters', 'multiply-adds', title=f'{args.config} at {args.shape[0]}x{args.shape[1]}')
     for part in parts:
         table.add_row(part.name or 'whole', f'{part.parameters / 1e6:.2f} M', f'{part.multiply_adds / 1e9:.3f} G')
-    # Outside a terminal rich assumes 80 columns and would cut the table.
+    # Outside a terminal, rich assumes 80 columns and would truncate the table.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -10,12 +10,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('images', metavar='IMAGE|FOLDER', help='image file, or folder of image files')
     parser.add_argument('config', help='config file of mmpretrain, mmdet or mmsegmentation')
-    parser.add_argument('checkpoint', help='file or http(s) address of its checkpoint')
+    parser.add_argument('checkpoint', help='checkpoint file of the model, or its http(s) address')
     parser.add_argument(
-        '--out-dir', default='outputs', help='pictures are written to vis/ in this folder (%(default)s)'
+        '--out-dir',
+        default='outputs',
+        help='output folder; pictures go to its subfolder vis/ (default: %(default)s)',
     )
     parser.add_argument('--device', help='cpu, cuda or cuda:i (default: a GPU if there is one)')
-    parser.add_argument('--score-thr', type=float, default=0.3, help='lowest score of a drawn box (%(default)s)')
+    parser.add_argument(
+        '--score-thr', type=float, default=0.3, help='smallest score of a box to draw (default: %(default)s)'
+    )
     args = parser.parse_args()
     try:
         if args.device:

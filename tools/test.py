@@ -11,15 +11,15 @@ from soft_mm.runner import build_runner, load_config, missing_files, runner_pars
 
 def main():
     parser = runner_parser(__doc__)
-    parser.add_argument('checkpoint', help='file or http(s) address of the checkpoint')
-    parser.add_argument('--json', metavar='FILE', help='write the metrics to this file')
+    parser.add_argument('checkpoint', help='checkpoint file, or its http(s) address')
+    parser.add_argument('--json', metavar='FILE', help='write the metrics to this JSON file')
     args = parser.parse_args()
     with missing_files():
         try:
             cfg = load_config(parser, args)
-            # mmengine would run code that the file holds.
+            # Read safely first, because mmengine would run code in the file.
             cfg.load_from, weights = read_whole_model(args.checkpoint)
-            # The checkpoint has every weight.
+            # The checkpoint sets every weight, so pretrained weights are not needed.
             cfg.model.backbone.init_cfg = None
             if args.amp:
                 cfg.test_cfg.fp16 = True
@@ -29,7 +29,7 @@ def main():
             parser.error(str(error))
         metrics = runner.test()
     if args.json and is_main_process():
-        # Not atomically: the user may name a device such as /dev/stdout.
+        # Not written atomically, because a device such as /dev/stdout cannot be renamed.
         Path(args.json).write_text(json.dumps({key: float(value) for key, value in metrics.items()}, indent=2) + '\n')
 
 

@@ -12,11 +12,9 @@ def main():
         '--resume',
         nargs='?',
         const='auto',
-        help='resume from the newest checkpoint of the work dir, or from the given checkpoint',
+        help='resume from the given checkpoint, or without a value from the newest checkpoint in the work dir',
     )
-    parser.add_argument(
-        '--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size used here'
-    )
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the actual batch size')
     args = parser.parse_args()
     with missing_files():
         cfg = load_config(parser, args)
@@ -24,18 +22,18 @@ def main():
             cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
         if cfg.get('load_from'):
             try:
-                # mmengine would run code that the file holds.
+                # Read safely first, because mmengine would run code in the file.
                 cfg.load_from, _ = read_whole_model(cfg.load_from)
             except (FileNotFoundError, ValueError) as error:
                 parser.error(str(error))
         if args.amp:
             if not torch.cuda.is_available():
-                parser.error('--amp: mixed precision needs a GPU, and PyTorch sees none')
+                parser.error('--amp: mixed precision needs a GPU, but PyTorch finds none; leave the option out')
             cfg.optim_wrapper.type = 'AmpOptimWrapper'
             cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
         if args.auto_scale_lr:
             if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-                parser.error(f'--auto-scale-lr: {args.config} does not set auto_scale_lr = dict(base_batch_size=...)')
+                parser.error(f'--auto-scale-lr: set auto_scale_lr = dict(base_batch_size=...) in {args.config} first')
             cfg.auto_scale_lr.enable = True
         build_runner(cfg).train()
 

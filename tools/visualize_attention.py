@@ -1,4 +1,4 @@
-"""Draw rows of the attention matrix over an image: how much each query pixel attends to each other pixel, per head."""
+"""Draw rows of the attention matrix over an image: how much a query pixel attends to every other pixel, per head."""
 
 import argparse
 import re
@@ -7,7 +7,7 @@ from soft_mm.attention_maps import draw_attention, image_attention
 from soft_mm.inference import find_images, load_model, read_image
 
 
-def point(text):
+def _point(text):
     if not re.fullmatch(r'\d+,\d+', text):
         raise argparse.ArgumentTypeError(f'{text!r}: expected x,y in pixels, such as 120,64')
     return tuple(int(part) for part in text.split(','))
@@ -17,12 +17,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='image file')
     parser.add_argument('config', help='config file of a model with a SOFT backbone')
-    parser.add_argument('checkpoint', help='file or http(s) address of its checkpoint')
-    parser.add_argument('--points', type=point, nargs='+', required=True, metavar='X,Y', help='query pixels')
-    parser.add_argument('--stage', type=int, default=1, help='stage, 1 to 3 (%(default)s)')
-    parser.add_argument('--block', type=int, default=-1, help='block of the stage, from 0 (default: the last)')
-    parser.add_argument('--head', type=int, nargs='+', help='heads, from 0 (default: all)')
-    parser.add_argument('--out', default='attention.png', help='picture to write (%(default)s)')
+    parser.add_argument('checkpoint', help='checkpoint file of the model, or its http(s) address')
+    parser.add_argument('--points', type=_point, nargs='+', required=True, metavar='X,Y', help='query pixels')
+    parser.add_argument('--stage', type=int, default=1, help='stage from 1 to 3 (default: %(default)s)')
+    parser.add_argument('--block', type=int, default=-1, help='block of the stage, counted from 0 (default: the last)')
+    parser.add_argument('--head', type=int, nargs='+', help='heads, counted from 0 (default: all)')
+    parser.add_argument('--out', default='attention.png', help='picture to write (default: %(default)s)')
     args = parser.parse_args()
     try:
         images = find_images(args.image)

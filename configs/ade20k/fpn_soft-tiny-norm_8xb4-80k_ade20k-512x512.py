@@ -6,7 +6,7 @@ _base_ = [
     '../_base_/default_runtime_mmseg.py',
 ]
 
-# ImageNet weights: the authors', converted by tools/convert_checkpoint.py, or trained with configs/imagenet.
+# ImageNet weights: from the authors, converted by tools/convert_checkpoint.py, or trained with configs/imagenet.
 pretrained = 'checkpoints/soft-tiny-norm_in1k.pth'
 
 model = dict(

@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/default_runtime_mmseg.py',
 ]
 
-# ImageNet weights: the authors', converted by tools/convert_checkpoint.py, or trained with configs/imagenet.
+# ImageNet weights: from the authors, converted by tools/convert_checkpoint.py, or trained with configs/imagenet.
 pretrained = 'checkpoints/soft-tiny-norm_in1k.pth'
 
 crop_size = (512, 1024)
@@ -32,8 +32,8 @@ train_pipeline = [
 ]
 train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 
-# Optimizer of mmsegmentation's Mask2Former with Swin backbones. mmengine applies only the longest key that matches a
-# parameter. The backbone's norms therefore need keys of their own: `backbone` alone would give them weight decay.
+# Optimizer as in mmsegmentation's Mask2Former with Swin backbones. mmengine applies only the longest key that matches a
+# parameter. Without their own keys, the norms of the backbone would match `backbone` and get weight decay.
 # 49 is the largest number of blocks in a stage of any arch.
 no_decay = dict(decay_mult=0.0)
 slow_no_decay = dict(lr_mult=0.1, decay_mult=0.0)

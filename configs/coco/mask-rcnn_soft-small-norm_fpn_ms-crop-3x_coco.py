@@ -3,7 +3,7 @@ _base_ = [
     '../_base_/models/soft_dense_backbone.py',
 ]
 
-# ImageNet weights: the authors', converted by tools/convert_checkpoint.py, or trained with configs/imagenet.
+# ImageNet weights: from the authors, converted by tools/convert_checkpoint.py, or trained with configs/imagenet.
 pretrained = 'checkpoints/soft-small-norm_in1k.pth'
 
 model = dict(

@@ -1,11 +1,11 @@
 _base_ = './soft-tiny_8xb128_in1k.py'
 
-# The authors' rate for a batch size of 1024, scaled to 8 x 32 images.
+# The authors' learning rate for a batch size of 1024, scaled to 8 x 32 images.
 lr = 3.5e-4 * 8 * 32 / 1024
 
 model = dict(backbone=dict(arch='medium'))
 train_dataloader = dict(batch_size=32)
 optim_wrapper = dict(optimizer=dict(lr=lr))
-# The warm-up starts at a rate of 1e-6.
+# start_factor is relative to lr. The authors' warm-up always starts at 1e-6.
 param_scheduler = [dict(_base_.param_scheduler[0], start_factor=1e-6 / lr), _base_.param_scheduler[1]]
 auto_scale_lr = dict(base_batch_size=256)

@@ -1,1 +1,1 @@
-"""Compare attentions, and the options of the softmax-free attention, on one small model with several seeds."""
+"""Comparison of attentions, and of the options of the softmax-free attention, on small models with several seeds."""

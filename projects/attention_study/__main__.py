@@ -1,4 +1,4 @@
-"""Compare attentions and their options on one small model: costs, and accuracy of equal trainings with several seeds.
+"""Compare the costs and the accuracy of attentions and their options on one small model, with several seeds.
 
 Writes comparison.json, comparison.md and comparison.png. An interrupted study is resumed, and finished trainings are
 not repeated.
@@ -17,13 +17,15 @@ def main():
     parser = argparse.ArgumentParser(
         'python -m projects.attention_study', description=__doc__, epilog=f'Titles of the tables: {titles}'
     )
-    parser.add_argument('study', choices=STUDIES, help='data set and small model')
-    parser.add_argument('--groups', nargs='+', metavar='TITLE', help='tables to fill (default: all)')
+    parser.add_argument('study', choices=STUDIES, help='study, named after its data set')
+    parser.add_argument('--groups', nargs='+', metavar='TITLE', help='titles of the tables to fill (default: all)')
     parser.add_argument(
         '--seeds', type=int, nargs='+', help=f'seeds of weights and data (default: {SEEDS}; {QUICK_SEEDS} with --quick)'
     )
-    parser.add_argument('--quick', action='store_true', help='run a few iterations, to see that everything runs')
-    parser.add_argument('--jobs', type=int, help='trainings in parallel (default: one per CPU; one with a GPU)')
+    parser.add_argument('--quick', action='store_true', help='run only a few iterations, to test that everything works')
+    parser.add_argument(
+        '--jobs', type=int, help='number of trainings in parallel (default: one per CPU; one with a GPU)'
+    )
     parser.add_argument('--work-dir', help='folder of trainings and results (default: work_dirs/attention/<study>)')
     args = parser.parse_args()
     try:

@@ -1,6 +1,6 @@
-"""Train every case of a study with every seed, measure what each case costs, and report both.
+"""Train every case of a study with every seed, measure the costs of every case, and report both.
 
-Trainings run through ``tools/train.py``. An interrupted study is resumed, and finished trainings are not repeated.
+``tools/train.py`` runs the trainings. An interrupted study is resumed, and finished trainings are not repeated.
 """
 
 import os
@@ -31,19 +31,19 @@ def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, wo
 
     Args:
         study (str): Key of :data:`~projects.attention_study.studies.STUDIES`.
-        groups (Sequence[str] | None): Titles of the tables to fill. Defaults to None, all tables.
-        seeds (Sequence[int] | None): Seeds with which every case is trained. A seed determines weights and training
-            data. Defaults to None: :data:`SEEDS`, or :data:`QUICK_SEEDS` in the quick form.
-        quick (bool): Whether to run a few iterations on a few samples, only to see that everything runs. Defaults to
+        groups (Sequence[str] | None): Titles of the tables to fill. Defaults to None: all tables.
+        seeds (Sequence[int] | None): Seeds with which every case is trained. A seed determines the initial weights and
+            the training data. Defaults to None: :data:`SEEDS`, or :data:`QUICK_SEEDS` with ``quick``.
+        quick (bool): Whether to run only a few iterations on a few samples, to test that everything works. Defaults to
             False.
         jobs (int | None): Number of trainings in parallel. They share the CPUs. Defaults to None: one per CPU, or one
             if there is a GPU.
         work_dir (str | Path | None): Folder of the trainings and the results. Defaults to None:
-            ``work_dirs/attention/<study>``, or ``work_dirs/attention/<study>_quick`` in the quick form.
-        console (Console | None): Console for messages. Defaults to None, a new one.
+            ``work_dirs/attention/<study>``, or ``work_dirs/attention/<study>_quick`` with ``quick``.
+        console (Console | None): Console for messages. Defaults to None: a new one.
 
     Returns:
-        dict: The report, equal to ``comparison.json``.
+        dict: The report, which is also the content of ``comparison.json``.
 
     Raises:
         RuntimeError: If a training or a measurement fails.
@@ -55,7 +55,7 @@ def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, wo
         study = replace(study, batch_size=1)
     seeds = (QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f'seeds={list(seeds)}: expected at least one seed, and each seed once')
+        raise ValueError(f'seeds={list(seeds)}: expected one or more different seeds')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     jobs = jobs if jobs is not None else 1 if device == 'cuda' else len(os.sched_getaffinity(0))
     check_integer('jobs', jobs)
@@ -65,7 +65,7 @@ def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, wo
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     console.rule(f'{study.name}: costs of {len(names)} cases')
     with _progress(console) as progress:
-        # Costs of the quick form mean nothing, so they may be measured in parallel.
+        # With `quick`, the costs are meaningless, so they may be measured in parallel.
         costs = measure_costs(study, names, device, quick, jobs if quick else 1, work_dir / 'costs.json', progress)
     report = dict(
         study=study.name,
@@ -76,7 +76,7 @@ def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, wo
         groups={title: list(group) for title, group in groups.items()},
         cases={name: dict(options=study.cases[name], **costs[name], runs=[]) for name in names},
     )
-    # Seed by seed, so that an interrupted study leaves complete comparisons.
+    # The outer loop runs over the seeds, so that an interrupted study leaves a complete comparison for each seed.
     for seed in seeds:
         console.rule(f'{study.name}: data of seed {seed}')
         data = study.prepare(seed, quick)

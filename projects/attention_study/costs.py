@@ -1,4 +1,4 @@
-"""Measure what each case of a study costs: parameters, multiply-adds, memory and speed of its backbone."""
+"""Measure the costs of each case of a study: parameters, multiply-adds, memory and speed of its backbone."""
 
 import hashlib
 import json
@@ -15,19 +15,19 @@ from .studies import case_config
 
 
 def measure_costs(study, names, device, quick, jobs, file, progress):
-    """Measure the costs of cases. Costs that the file already holds are not measured again.
+    """Measure the costs of the cases of a study. Costs in the cache are not measured again.
 
     Args:
-        study (Study): The study.
+        study (Study): Study of the cases.
         names (list[str]): Names of the cases. Times are compared with the first case.
         device (str): Device to measure on.
-        quick (bool): Whether to measure only to see that everything runs.
-        jobs (int): Number of measurements in parallel. More than one disturbs the times.
-        file (Path): JSON file that keeps the costs between calls. It is written after every case.
-        progress (rich.progress.Progress): Shows the progress.
+        quick (bool): Whether to measure roughly, to test that everything works.
+        jobs (int): Number of measurements in parallel. More than one makes the times unreliable.
+        file (Path): JSON file that serves as a cache. It is written after every case.
+        progress (rich.progress.Progress): Progress bar to update.
 
     Returns:
-        dict[str, dict]: Maps the name of a case to ``parameters``, ``multiply_adds`` (of one forward of one sample),
+        dict[str, dict]: Maps the name of a case to ``parameters``, ``multiply_adds`` (one forward pass of one sample),
             ``training_bytes``, and ``training_images_per_second``, ``training_time_ratio``,
             ``inference_images_per_second`` and ``inference_time_ratio`` with ``median``, ``low`` and ``high`` each.
 
@@ -40,7 +40,7 @@ def measure_costs(study, names, device, quick, jobs, file, progress):
     known = json.loads(file.read_text()) if file.is_file() else {}
     targets = {name: _target(study, name) for name in names}
     peer = targets[names[0]]
-    # A cost is valid only for the same machine, options and configs.
+    # A cached cost is valid only for the same machine, options and configs.
     settings = [machine(device), asdict(options), study.size, peer.config]
     keys = {
         name: hashlib.sha256(json.dumps([settings, target.config], sort_keys=True).encode()).hexdigest()
@@ -68,14 +68,14 @@ def _target(study, name):
 
 
 def _count_parameters(study, name):
-    # Of the model that is trained. The measured model can have more position embeddings.
+    # Counted for the model that is trained, because the measured model can have more position embeddings.
     model = build_model(case_config(study, study.cases[name]), backbone_only=True)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _measure(target, size, peer, options):
     def sweep(**changes):
-        # The progress bar of a single point is not useful.
+        # Quiet, because a progress bar for a single point would disturb the one of the study.
         (row,) = run_sweep([target], [size], replace(options, **changes), peer, Console(quiet=True))
         # If only the measurement of the peer fails, the row has no ratio.
         if row['status'] != 'ok' or (target != peer and 'ratio' not in row) or row['multiply_adds'] is None:

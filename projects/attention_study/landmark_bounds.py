@@ -1,4 +1,4 @@
-"""Continue to train the demo's detector and segmentor at 480x480 with bounded and unbounded landmarks, and compare.
+"""Compare bounds on the landmarks: continue training the demo's detector and segmentor at 480x480 pixels with each.
 
 Runs sixteen trainings, which take hours on a CPU. An interrupted run is resumed.
 """
@@ -29,20 +29,21 @@ NUM_SCENES = 40
 
 
 def compare_bounds(demo_dir='work_dirs/demo', work_dir='work_dirs/landmarks', console=None):
-    """Continue to train the demo's detector and segmentor, once for each solver and bound.
+    """Continue training the demo's detector and segmentor, once for each solver and bound.
 
-    All trainings see the same scenes in the same order. An interrupted run is resumed.
+    All trainings use the same scenes in the same order. An interrupted run is resumed.
 
     Args:
-        demo_dir (str | Path): Work dir of the demo, with the checkpoints to start from.
-        work_dir (str | Path): Folder of the trainings and of ``summary.json``.
-        console (Console | None): Console for messages. Defaults to None, a new one.
+        demo_dir (str | Path): Work dir of the demo, with the checkpoints to start from. Defaults to
+            ``'work_dirs/demo'``.
+        work_dir (str | Path): Folder of the trainings and of ``summary.json``. Defaults to ``'work_dirs/landmarks'``.
+        console (Console | None): Console for messages. Defaults to None: a new one.
 
     Returns:
         list[dict]: One row per training: ``task``, ``solver``, ``max_landmarks``, the metrics and ``seconds``.
 
     Raises:
-        FileNotFoundError: If the demo has left no checkpoint.
+        FileNotFoundError: If the demo has not written a checkpoint.
         RuntimeError: If a training fails.
     """
     console, work_dir = console or Console(), Path(work_dir)

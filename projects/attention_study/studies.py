@@ -1,4 +1,4 @@
-"""Define the studies: the small models, the cases to compare, and the data to train on."""
+"""Definition of the studies: the small models, the cases to compare, and the data to train on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +21,11 @@ class Study:
         task: Training config and metric.
         cases: Maps the name of a case to the backbone options that it sets.
         groups: Maps the title of a table to the names of its cases. The first case is the reference of the others.
-        size: Input size for the measurement of costs, ``(1, n)`` for a sequence.
-        batch_size: Batch size for the measurement of costs.
-        prepare: Function of the seed and of whether the quick form is requested. It writes the data, and returns config
-            overrides that name them and a file that describes them.
-        cost_options: Backbone options for the measurement of costs only.
+        size: Input size for measuring costs, ``(1, n)`` for a sequence.
+        batch_size: Batch size for measuring costs.
+        prepare: Function called as ``prepare(seed, quick)``. It writes the data, and returns the config overrides that
+            set the paths of the data, and a file whose content identifies the data.
+        cost_options: Backbone options for measuring costs only.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Study:
 
 _QUICK_ITERS, _QUICK_BATCH = 8, 8
 _QUICK_SAMPLES = _QUICK_ITERS * _QUICK_BATCH
-#: Config overrides of the quick form.
+#: Config overrides for a quick test.
 QUICK = {
     'train_cfg.max_iters': _QUICK_ITERS,
     'train_cfg.val_interval': _QUICK_ITERS,
@@ -54,7 +54,15 @@ SEED = 'the seed of the run'
 
 
 def with_seed(case, seed):
-    """Return the options of a case with the placeholder :data:`SEED` replaced."""
+    """Replace the placeholder :data:`SEED` in the options of a case.
+
+    Args:
+        case (dict): Backbone options of the case.
+        seed (int): Seed of the run.
+
+    Returns:
+        dict: The options with the seed.
+    """
     return {key: seed if value is SEED else value for key, value in case.items()}
 
 
@@ -62,9 +70,9 @@ def case_config(study, case, measured=False):
     """Return the config of a case with seed 0.
 
     Args:
-        study (Study): The study.
+        study (Study): Study of the case.
         case (dict): Backbone options of the case.
-        measured (bool): Whether to apply the options for the measurement of costs. Defaults to False.
+        measured (bool): Whether to apply the options for measuring costs. Defaults to False.
 
     Returns:
         Config: The config of the whole model.
@@ -97,7 +105,7 @@ def _attentions(budget):
     }
 
 
-# Photo-digits: at most 16 landmarks per stage, which are all tokens of the later stages. The baselines get 16 too.
+# Photo-digits: at most 16 landmarks per stage, and as many projected tokens or features for the baselines.
 
 _CROPS = Path('data/photo_digits_comparison')
 _CROPS_BUDGET = 16
@@ -131,12 +139,12 @@ _CROPS_TASK = Task(
 
 def _prepare_crops(seed, quick):
     cfg = read_config(_CROPS_TASK.config_file)
-    # Large, nearly upright digits on half-faded photographs: the full task takes more than minutes to learn.
+    # Large, nearly upright digits on faded photographs, because the full task cannot be learned within minutes.
     digits = dict(digit_size=(0.8, 0.9), max_angle=10.0)
     crops = dict(digits, size=48, background=0.5)
     val = Path(f'{_CROPS}_quick' if quick else _CROPS)
     export_photo_digits(val, splits=('val',), num_crops=100 if quick else 1000, num_scenes=1, crop_options=crops)
-    # The same order as for the demo's classifier: small crops whose background fades in, then crops as in validation.
+    # The curriculum of the demo's classifier: small crops whose background fades in, then crops as in validation.
     shapes = (dict(digits, size=32, background=(0.0, 0.5)), crops)
     lengths = (
         (_QUICK_SAMPLES // 2,) * 2 if quick else (cfg.batch_size * cfg.small_iters, cfg.batch_size * cfg.full_iters)
@@ -152,7 +160,7 @@ def _prepare_crops(seed, quick):
     return options, val / MANIFEST
 
 
-# ListOps: sequences, with a budget of 32.
+# ListOps: at most 32 landmarks, projected tokens or features.
 
 _LISTOPS = Path('data/listops_comparison')
 _LISTOPS_CASES = _attentions(32)
@@ -181,7 +189,7 @@ STUDIES = {
             batch_size=64,
             prepare=_prepare_crops,
         ),
-        # Costs are measured at the sequence length of Long Range Arena.
+        # The trainings use short sequences. Costs are measured at the sequence length of Long Range Arena.
         Study(
             'listops',
             _LISTOPS_TASK,

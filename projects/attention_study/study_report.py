@@ -18,13 +18,20 @@ def write_report(report, work_dir):
 
 
 def summarise_runs(runs):
-    """Return the mean and the extremes of ``top1`` over the seeds."""
+    """Summarise the accuracy over the seeds.
+
+    Args:
+        runs (list[dict]): One run per seed, with ``top1``.
+
+    Returns:
+        dict[str, float]: ``mean``, and the extremes ``low`` and ``high``.
+    """
     values = [run['top1'] for run in runs]
     return dict(mean=statistics.mean(values), low=min(values), high=max(values))
 
 
 def markdown(report):
-    """Return the tables of a report as Markdown, one table per group.
+    """Format a report as Markdown, with one table per group.
 
     Args:
         report (dict): Report of :func:`~projects.attention_study.compare.compare_attention`.
@@ -41,12 +48,12 @@ def markdown(report):
         '',
         f'Costs are measured for the backbone at {size} and batch {report["batch_size"]}, with '
         f'{report["machine"]["threads"]} threads. Training is one forward and backward. "Time" is relative to '
-        f'{names[0]}, measured in turns with it, with quartiles. Compare rows by "time", because {unit}/s were '
-        f'measured at different moments. Multiply-adds are for one forward. Top-1 is the mean over {seeds} '
+        f'{names[0]}, measured alternately with it, with quartiles. Compare rows by "time", because {unit}/s were '
+        f'measured at different times. Multiply-adds are for one forward pass. Top-1 is the mean over {seeds} '
         f'seed{"s" * (seeds > 1)}, with the lowest and the highest value.',
     ]
     if report['quick']:
-        lines += ['', '**Quick form: these accuracies mean nothing.**']
+        lines += ['', '**Quick test: these accuracies are meaningless.**']
     for title, group in report['groups'].items():
         lines += [
             '',

@@ -1,4 +1,4 @@
-"""Programs that train for a long time: how they end."""
+"""Clean exits of programs that train for a long time."""
 
 import contextlib
 import signal
@@ -7,13 +7,17 @@ import sys
 
 @contextlib.contextmanager
 def resumable_job():
-    """Exit with a short message instead of a traceback when the job fails, is interrupted or receives SIGTERM."""
+    """Exit with a short message instead of a traceback if the job fails, is interrupted or receives SIGTERM.
+
+    Yields:
+        None
+    """
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
-    # By default, SIGTERM ends this process only: its training would go on and write into the same folder as the next
-    # start. KeyboardInterrupt ends the training too.
+    # By default, SIGTERM ends this process but not the training that it started. That training would then write to the
+    # same folder as a restarted job. KeyboardInterrupt ends both.
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

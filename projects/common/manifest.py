@@ -1,4 +1,4 @@
-"""The manifest of a data set that a program wrote into a folder."""
+"""Manifest of a data set that a program wrote to a folder."""
 
 import json
 
@@ -7,21 +7,21 @@ def read_manifest(path, name):
     """Read the manifest of a data set.
 
     Args:
-        path (Path): The manifest file. Its folder is the folder of the data set.
-        name (str): Name of the data set, which the manifest must hold as its entry ``name``.
+        path (Path): Manifest file in the folder of the data set.
+        name (str): Name of the data set. The entry ``name`` of the manifest must be equal.
 
     Returns:
-        dict | None: The manifest. It holds the dict ``options`` of the data set and the flag ``complete``. None if the
+        dict | None: The manifest, with the dict ``options`` of the data set and the flag ``complete``. None if the
             folder is missing or empty.
 
     Raises:
-        FileExistsError: If the folder holds files but no manifest of this data set, or if it is a file.
+        FileExistsError: If the folder is a file, or holds files but no manifest of this data set.
     """
     folder = path.parent
     if not folder.exists():
         return None
     if not folder.is_dir():
-        raise FileExistsError(f'{folder} is a file, not a folder: name a new or an empty folder')
+        raise FileExistsError(f'{folder} is a file, not a folder: give a new or an empty folder')
     if not any(folder.iterdir()):
         return None
     try:
@@ -31,7 +31,7 @@ def read_manifest(path, name):
         valid = False
     if not valid:
         raise FileExistsError(
-            f'{folder} holds files but no {path.name} of the data set {name}, so nothing was written: name a new or an '
+            f'{folder} holds files but no {path.name} of the data set {name}, so nothing was written: give a new or an '
             'empty folder'
         )
     return manifest

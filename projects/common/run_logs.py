@@ -1,4 +1,4 @@
-"""Reading the work dir that a runner of mmengine leaves."""
+"""Reading of the work dir of mmengine's runner."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ def read_scalars(work_dir):
         work_dir (str | Path): Work dir of a runner with mmengine's ``LocalVisBackend``.
 
     Returns:
-        list[dict]: Records of training (with ``loss``) and of evaluation, each with ``step``. Where a resumed run
-            repeated iterations, only its training records of those iterations are kept.
+        list[dict]: Records of training (with ``loss``) and of evaluation, each with ``step``. If a resumed run repeated
+            some iterations, the training records of the earlier run for these iterations are dropped.
     """
     records = []
     for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
@@ -32,10 +32,11 @@ def last_checkpoint(work_dir):
     """Return the newest checkpoint of a work dir.
 
     Args:
-        work_dir (str | Path): Work dir of a runner with mmengine's ``CheckpointHook``. It may have been moved.
+        work_dir (str | Path): Work dir of a runner with mmengine's ``CheckpointHook``. It may have been moved after the
+            run.
 
     Returns:
-        Path | None: The checkpoint, or None if there is none or its file is missing.
+        Path | None: The checkpoint, or None if there is none.
     """
     note = Path(work_dir) / 'last_checkpoint'
     if not note.is_file():

@@ -1,6 +1,6 @@
 """Resumable trainings with ``tools/train.py``. A finished training is not repeated.
 
-Each training is a process of its own, because each toolbox needs its own default scope.
+Each training runs in a separate process, because each toolbox needs its own default scope.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Task:
-    """A training.
+    """Training to run.
 
     Attributes:
         name (str): Name of the training in messages.
         config (str): Path of the config, relative to the repository root.
-        metrics (dict[str, tuple[str, float]]): The runner's name of each metric, mapped to its name in the summary and
-            to the factor that brings it to the range 0 to 1.
+        metrics (dict[str, tuple[str, float]]): Maps the runner's name of each metric to its name in the summary and to
+            the factor that scales it to the range 0 to 1.
     """
 
     name: str
@@ -36,25 +36,25 @@ class Task:
 
     @property
     def config_file(self):
+        """Path: Absolute path of the config."""
         return ROOT / self.config
 
 
 def train_task(task, work_dir, data, console, options=None, pretrained=None, threads=None):
-    """Run or resume a training and return its metrics. If the training is finished, return its recorded metrics.
+    """Run or resume a training, unless it is finished, and return its metrics.
 
-    If the config, the options, the pretrained weights or the data have changed, the training starts again. The earlier
-    run is kept under another name.
+    If the config, the options, the pretrained weights or the data have changed, the training starts again. The folder
+    of the earlier run is renamed and kept.
 
     Args:
-        task (Task): The training.
+        task (Task): Training to run.
         work_dir (str | Path): Folder of the run.
-        data (str | Path): File that describes the data, for example the manifest of an exported data set.
-        console (rich.console.Console): Receives the messages about runs that are skipped or started again.
-        options (dict, optional): Config options to override.
+        data (str | Path): File whose content identifies the data, such as the manifest of an exported data set.
+        console (rich.console.Console): Console for messages.
+        options (dict, optional): Options that override the config.
         pretrained (Path, optional): Checkpoint from which the training starts.
-        threads (int, optional): Number of CPU threads of the training, for several trainings in parallel. The output
-            then goes to ``output.log`` in ``work_dir``. By default PyTorch chooses the number, and the output goes to
-            the terminal.
+        threads (int, optional): Number of CPU threads, for several trainings in parallel. The output is then written
+            to ``output.log`` in ``work_dir``. By default, PyTorch chooses the number, and the output is printed.
 
     Returns:
         dict[str, float]: The metrics by their names in the summary, and ``seconds``.
@@ -91,7 +91,7 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None, thr
     except subprocess.CalledProcessError as error:
         code = error.returncode
         outcome = f'failed with exit code {code}' if code > 0 else f'was ended by signal {-code}'
-        raise RuntimeError(f'{task.name} {outcome}; its log is in {work_dir}') from error
+        raise RuntimeError(f'{task.name} {outcome}: see its log in {work_dir}') from error
     finally:
         record['seconds'] = round(record['seconds'] + time.time() - start, 1)
         write_json(record_file, record)
@@ -110,8 +110,8 @@ def _train_and_evaluate(task, work_dir, checkpoint, overrides, threads):
     logged = _logged_metrics(task, work_dir)
     if logged:
         return logged
-    # A run that was interrupted between its last checkpoint and its evaluation has no iterations left: the resumed
-    # training ends without an evaluation.
+    # If a run is interrupted after its last checkpoint and before its evaluation, the resumed run has no iterations
+    # left and ends without an evaluation.
     metrics_file = work_dir / 'metrics.json'
     checkpoint = str(last_checkpoint(work_dir))
     _run_tool('test.py', *common, checkpoint, '--json', str(metrics_file), *changes, log=log, threads=threads)
@@ -119,13 +119,13 @@ def _train_and_evaluate(task, work_dir, checkpoint, overrides, threads):
 
 
 def _command_line_value(value):
-    """Format a value for ``--cfg-options``, which splits at blanks."""
+    """Format a value for ``--cfg-options``, which splits at spaces."""
     return str(value) if isinstance(value, (str, Path)) else str(value).replace(' ', '')
 
 
 def _run_tool(name, *arguments, log, threads):
     command = [sys.executable, str(ROOT / 'tools' / name), *arguments]
-    # `projects` and `soft_mm` are imported from this repository, wherever the program was started.
+    # `projects` and `soft_mm` must be imported from this repository, whatever the current directory is.
     paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
     if log is None:
@@ -137,7 +137,7 @@ def _run_tool(name, *arguments, log, threads):
 
 
 def _fingerprint(task, data, overrides, pretrained):
-    """Hash everything a finished run depends on: config, overrides, data and pretrained weights."""
+    """Hash everything that the result of a run depends on: config, overrides, data and pretrained weights."""
     digest = hashlib.sha256(read_config(task.config_file).pretty_text.encode())
     digest.update(json.dumps(overrides, sort_keys=True).encode())
     digest.update(Path(data).read_bytes())

@@ -1,4 +1,4 @@
-"""ListOps: sequences in place of images. Importing this package registers its data set and its models in mmengine."""
+"""ListOps: sequences instead of images. Importing this package registers its data set and models in mmengine."""
 
 from .encoder import SequenceEncoder, SequencePreprocessor
 from .listops_data import ListOps

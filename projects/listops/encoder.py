@@ -1,4 +1,4 @@
-"""Encode sequences of tokens with any attention of the backbone, and pad sequences to batches."""
+"""Sequence encoder that can use any attention of the backbone, and a preprocessor that pads sequences."""
 
 import torch
 import torch.nn as nn
@@ -16,25 +16,25 @@ PADDING = 0
 class SequenceEncoder(BaseModule):
     """Classification backbone for sequences: embeddings, softmax-free blocks, mean over the tokens.
 
-    Token and position embeddings are added and normalised as in BERT (arXiv:1810.04805), because the blocks are
-    post-norm and do not normalise their input. No attention takes a mask. Padding tokens are embedded by their position
-    alone. They take part in the attention like every other token, but not in the mean.
+    Token and position embeddings are added and normalised as in BERT (arXiv:1810.04805), because post-norm blocks do
+    not normalise their input. Padding tokens have a position embedding only. They take part in the attention,
+    because the attentions take no mask, but not in the mean.
 
     Args:
         vocab_size (int): Number of token ids, including id 0 for padding.
         length (int): Maximum number of tokens in a sequence, and number of learned position embeddings.
         embed_dims (int): Channels ``C``. Defaults to 64.
-        num_heads (int): Heads. Must divide ``embed_dims``. Defaults to 2.
+        num_heads (int): Number of heads, a divisor of ``embed_dims``. Defaults to 2.
         depth (int): Number of blocks. Defaults to 2.
         ratio (int): Number of consecutive tokens per landmark. Defaults to 16.
-        conv_size (int): Length of the filters of the local term, an odd number. Defaults to 9.
+        conv_size (int): Length of the filters of the local branch, odd. Defaults to 9.
         attention (dict | None): Attention of every block, with the keys of ``attention`` in :class:`soft_mm.SOFT`.
-            ``grid_dims`` is 1 here. Defaults to None, the same as ``dict(type='SoftmaxFreeAttention')``.
-        init_cfg (dict | None): Initialisation config of mmengine. Defaults to None.
+            ``grid_dims`` is always 1. Defaults to None: ``dict(type='SoftmaxFreeAttention')``.
+        init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If the attention does not have one of the keys.
+        ValueError: If an argument is out of its range.
+        TypeError: If the type of the attention does not have one of the keys.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SequenceEncoder(BaseModule):
         attention = dict(dict(grid_dims=1), **attention)
         if attention['grid_dims'] != 1:
             raise ValueError(
-                f'attention has grid_dims={attention["grid_dims"]!r}: expected 1 for sequences; leave the key out'
+                f'attention: grid_dims={attention["grid_dims"]!r}: expected 1 for sequences; leave the key out'
             )
         self.length = length
         self.token_embed = nn.Embedding(vocab_size, embed_dims, padding_idx=PADDING)
@@ -75,14 +75,14 @@ class SequenceEncoder(BaseModule):
         """Encode sequences.
 
         Args:
-            tokens (Tensor): Token ids ``(B, n)`` int64 with ``1 <= n <= length``. Shorter sequences are padded with 0.
+            tokens (Tensor): Token ids ``(B, n)`` int64 with ``1 <= n <= length``. Id 0 is padding.
 
         Returns:
             tuple[Tensor]: One tensor ``(B, C)``, the mean over the tokens that are not padding. It is zero for a
-                sequence of padding alone.
+                sequence that consists of padding only.
 
         Raises:
-            ValueError: If the shape is not allowed.
+            ValueError: If the input is not two-dimensional, empty, or longer than ``length``.
         """
         if tokens.ndim != 2 or not 0 < tokens.shape[1] <= self.length:
             raise ValueError(
@@ -103,8 +103,8 @@ class SequencePreprocessor(BaseDataPreprocessor):
 
     Args:
         length (int): Number of tokens of every padded sequence.
-        batch_augments (None): Must be None. ``ImageClassifier`` of mmpretrain passes the image mixing of its
-            ``train_cfg`` here, and token ids cannot be mixed. Defaults to None.
+        batch_augments (None): Must be None. mmpretrain's ``ImageClassifier`` passes the augmentations of its
+            ``train_cfg`` here, such as mixup, but token ids cannot be mixed. Defaults to None.
 
     Raises:
         ValueError: If ``length`` is not an integer >= 1, or if ``batch_augments`` is given.
@@ -125,7 +125,7 @@ class SequencePreprocessor(BaseDataPreprocessor):
 
         Args:
             data (dict): ``inputs``, a list of tensors ``(n,)``, and other entries for the model.
-            training (bool): Not used.
+            training (bool): Unused.
 
         Returns:
             dict: ``data`` on the device, with ``inputs`` ``(B, length)``.

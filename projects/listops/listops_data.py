@@ -1,7 +1,7 @@
-"""Generate ListOps of Long Range Arena, write it to disk and read it as a data set.
+"""ListOps of Long Range Arena: generation, files, and a data set that reads them.
 
-A sample is a sequence such as ``[MAX 2 9 [MIN 4 7 ] 0 ]`` and the digit to which it evaluates. The rule comes from Long
-Range Arena (arXiv:2011.04006, section 2.2.1, and its generator), which follows ListOps (arXiv:1804.06028). The samples
+A sample is a sequence such as ``[MAX 2 9 [MIN 4 7 ] 0 ]`` and the digit to which it evaluates. Samples are drawn as in
+Long Range Arena (arXiv:2011.04006, section 2.2.1, and its code), which follows ListOps (arXiv:1804.06028). The samples
 of a split depend only on the seed and the options. No sequence occurs twice, within a split or across splits.
 """
 
@@ -21,15 +21,15 @@ END = ']'
 #: Tokens by their id. Id 0 is padding and occurs in no sample.
 VOCABULARY = ('<pad>', *DIGITS, *OPERATORS, END)
 SPLITS = ('train', 'val', 'test')
-OPERATOR_PROB = 0.25  # for a node above the maximum depth
+OPERATOR_PROB = 0.25  # probability that a node above the maximum depth is an operator
 MIN_ARGS = 2
 MANIFEST = 'listops.json'
 _NAME = 'listops'
 
 _HEADER = 'Source\tTarget'
 _IDS = {token: index for index, token in enumerate(VOCABULARY) if index}
-_TREES = 4096  # trees per batch of the generator
-# Give up after this many batches of trees without a new sample.
+_TREES = 4096  # number of trees per batch of the generator
+# Number of batches of trees without a new sample after which generation fails.
 _PATIENCE = 200
 
 
@@ -37,8 +37,7 @@ def tokenize(source):
     """Convert a source to token ids.
 
     Args:
-        source (str): Tokens separated by spaces. The round brackets that Long Range Arena writes around pairs are
-            ignored.
+        source (str): Tokens separated by spaces. Parentheses, which Long Range Arena writes around pairs, are ignored.
 
     Returns:
         np.ndarray: Token ids ``(n,)`` int64, see :data:`VOCABULARY`.
@@ -51,15 +50,14 @@ def tokenize(source):
         return np.array([_IDS[token] for token in tokens], np.int64)
     except KeyError as error:
         raise ValueError(
-            f'unknown token {error.args[0]!r}: expected {VOCABULARY[1:]}, separated by spaces, and round brackets'
+            f'unknown token {error.args[0]!r}: expected {VOCABULARY[1:]}, separated by spaces, and parentheses'
         ) from None
 
 
 def generate_samples(rng, min_length, max_length, max_depth, max_args):
-    """Generate samples without end. The same sample can occur more than once.
+    """Generate samples endlessly. The same sample can occur more than once.
 
-    A tree is dropped as soon as it is certain to exceed ``max_length``. This does not change the distribution of the
-    other trees.
+    A tree is dropped as soon as it is certain to be too long. This does not change the distribution of the other trees.
 
     Args:
         rng (np.random.Generator): Random number generator.
@@ -70,7 +68,7 @@ def generate_samples(rng, min_length, max_length, max_depth, max_args):
 
     Yields:
         tuple[np.ndarray, int] | None: Tokens ``(n,)`` uint8 and the digit to which they evaluate. None after each batch
-            of trees, so that the caller can notice when samples become rare.
+            of trees, so that the caller can count batches without new samples.
     """
     while True:
         tokens, sizes, values = _assemble(rng, _grow(rng, min_length, max_length, max_depth, max_args))
@@ -79,7 +77,7 @@ def generate_samples(rng, min_length, max_length, max_depth, max_args):
 
 
 def _grow(rng, min_length, max_length, max_depth, max_args):
-    """Draw the shapes of a batch of trees, one depth after the other, and keep the trees of an allowed length.
+    """Draw the shapes of a batch of trees, depth by depth, and keep the trees with an allowed length.
 
     Returns:
         list[np.ndarray]: For each depth, the number of arguments of every node (0 for a digit). Nodes are ordered by
@@ -109,7 +107,7 @@ def _grow(rng, min_length, max_length, max_depth, max_args):
 
 
 def _assemble(rng, levels):
-    """Draw the digits and operators of trees, and write their tokens in order.
+    """Draw the digits and operators of trees, and arrange their tokens in order.
 
     Args:
         rng (np.random.Generator): Random number generator.
@@ -163,23 +161,23 @@ def write_listops(folder, num_train, num_val, num_test, min_length, max_length, 
     The folder gets the files ``basic_train.tsv``, ``basic_val.tsv`` and ``basic_test.tsv``, and the manifest
     ``listops.json`` with the options. Each line of a split is a source (tokens separated by spaces), a tab and the
     target digit. The samples of ``test`` and ``val`` do not depend on ``num_train``. A complete folder with the same
-    options is left unchanged. After an interruption all files are written again.
+    options is left unchanged. After an interruption, all files are written again.
 
     Args:
-        folder (str | Path): The folder. It is created if missing.
-        num_train, num_val, num_test (int): Samples of the splits. Long Range Arena has 96 000, 2 000 and 2 000.
+        folder (str | Path): Folder to write. It is created if it is missing.
+        num_train, num_val, num_test (int): Number of samples per split. Long Range Arena has 96 000, 2 000 and 2 000.
         min_length, max_length (int): Sequences have more than ``min_length`` and fewer than ``max_length`` tokens. Long
             Range Arena has 500 and 2 000.
-        max_depth (int): Depth at which every node is a digit. The root has depth 1.
-        max_args (int): Maximum number of arguments of an operator.
-        seed (int): Seed, at least 0. Another seed gives other samples.
+        max_depth (int): Depth at which every node is a digit. The root has depth 1. Defaults to 10.
+        max_args (int): Maximum number of arguments of an operator. Defaults to 10.
+        seed (int): Seed, at least 0. Another seed gives other samples. Defaults to 0.
 
     Returns:
-        bool: True if files were written, False if the folder was complete.
+        bool: True if files were written, False if the folder was already complete.
 
     Raises:
-        FileExistsError: If the folder is a file, or holds files but no manifest of this data set. Nothing is changed
-            then.
+        FileExistsError: If the folder is a file, or holds files but no manifest of this data set. Nothing is changed in
+            this case.
         ValueError: If an option is out of range, if the folder is complete with other options, or if there are too few
             different sequences of these lengths.
     """
@@ -224,7 +222,7 @@ def _check_options(options):
 
 
 def _distinct(samples, number, seen):
-    """Yield the first ``number`` samples whose tokens are not in ``seen``, and add their tokens to it."""
+    """Yield the first ``number`` samples whose tokens are not in ``seen``, and add their tokens to ``seen``."""
     idle = 0
     while number:
         sample = next(samples)
@@ -251,7 +249,7 @@ def _write_split(path, samples):
 
 @DATASETS.register_module()
 class ListOps(BaseDataset):
-    """ListOps for classification: a sequence of tokens and a digit per sample.
+    """ListOps for classification. A sample is a sequence of tokens and a digit.
 
     A sample holds ``tokens`` (n,) int64, see :data:`VOCABULARY`, ``gt_label`` and ``sample_idx``.
 
@@ -270,10 +268,14 @@ class ListOps(BaseDataset):
     METAINFO = dict(classes=DIGITS)
 
     def load_data_list(self):
-        """Read the file.
+        """Read the samples of the file.
 
         Returns:
-            list[dict]: ``tokens`` (n,) and ``gt_label``. The tokens are uint8 here, an eighth of the memory of int64.
+            list[dict]: ``tokens`` (n,) and ``gt_label``. The tokens are uint8 to save memory.
+
+        Raises:
+            FileNotFoundError: If the file does not exist.
+            ValueError: If a line of the file is not a sample.
         """
         path = Path(self.ann_file)
         if not path.is_file():
@@ -291,7 +293,7 @@ class ListOps(BaseDataset):
     def _read_sample(line, place):
         source, _, target = line.rstrip('\n').rpartition('\t')
         if not source or target not in DIGITS:
-            raise ValueError(f'{place}: {line[:80]!r}: expected a source, a tab, and a digit')
+            raise ValueError(f'{place}: {line[:80]!r}: expected a source, a tab and a digit')
         try:
             tokens = tokenize(source)
         except ValueError as error:
@@ -299,7 +301,14 @@ class ListOps(BaseDataset):
         return dict(tokens=tokens.astype(np.uint8), gt_label=int(target))
 
     def get_data_info(self, idx):
-        """Return the sample at an index, with ``tokens`` (n,) int64."""
+        """Return a sample.
+
+        Args:
+            idx (int): Position in the data set.
+
+        Returns:
+            dict: The sample, with ``tokens`` (n,) int64.
+        """
         info = super().get_data_info(idx)
         info['tokens'] = info['tokens'].astype(np.int64)
         return info

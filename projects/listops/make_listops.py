@@ -1,4 +1,4 @@
-"""Write ListOps, the sequences of Long Range Arena, to a folder."""
+"""Write the data set ListOps of Long Range Arena to a folder."""
 
 import argparse
 
@@ -6,11 +6,18 @@ from .listops_data import write_listops
 
 
 def build_parser():
+    """Build the argument parser.
+
+    Returns:
+        argparse.ArgumentParser: The parser.
+    """
     parser = argparse.ArgumentParser('python -m projects.listops.make_listops', description=__doc__)
     parser.add_argument('out', help='folder to write: new, empty, or written by this program before')
-    parser.add_argument('--train', type=int, default=96000, help='samples for training (default: %(default)s)')
-    parser.add_argument('--val', type=int, default=2000, help='samples for validation (default: %(default)s)')
-    parser.add_argument('--test', type=int, default=2000, help='samples for testing (default: %(default)s)')
+    parser.add_argument(
+        '--train', type=int, default=96000, help='number of samples for training (default: %(default)s)'
+    )
+    parser.add_argument('--val', type=int, default=2000, help='number of samples for validation (default: %(default)s)')
+    parser.add_argument('--test', type=int, default=2000, help='number of samples for testing (default: %(default)s)')
     parser.add_argument(
         '--min-length', type=int, default=500, help='sequences have more tokens than this (default: %(default)s)'
     )

@@ -1,4 +1,4 @@
-"""photo-digits: a data set that needs no download, and the demo that trains on it.
+"""photo-digits: a data set that needs no download, and a demo that trains on it.
 
 Importing this package registers the data sets in mmengine's ``DATASETS``.
 """

@@ -1,6 +1,6 @@
-"""The demo: pretrain a classifier on photo-digits, use its backbone in a detector and a segmentor, and train both.
+"""Demo: pretrain a classifier on photo-digits, then train a detector and a segmentor with its backbone.
 
-An interrupted demo resumes, and finished trainings are not repeated: see :mod:`projects.common.training`.
+An interrupted demo is resumed, and finished trainings are not repeated, see :mod:`projects.common.training`.
 """
 
 import argparse
@@ -43,11 +43,12 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
 
     Args:
         work_dir (str | Path): Folder of all results. Only the data set is written elsewhere, to
-            ``data/photo_digits_demo``.
-        from_scratch (bool): Train the detector and the segmentor from random initialisation, and no classifier.
+            ``data/photo_digits_demo``. Defaults to ``'work_dirs/demo'``.
+        from_scratch (bool): Whether to skip the classifier, and train the detector and the segmentor from random
+            initialisation. Defaults to False.
 
     Returns:
-        dict: The summary.
+        dict: The summary: the metrics and ``seconds`` of each task by its name, and the ``versions`` of the packages.
 
     Raises:
         RuntimeError: If a training fails.
@@ -75,7 +76,7 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
     draw_loss_curves({task.name: work_dir / task.name for task in tasks}, work_dir / 'loss_curves.png')
     for task in (DETECTION, SEGMENTATION):
         picture = work_dir / f'{task.name}.png'
-        # mmengine shares visualizers of the same name within a process, so each toolbox draws in a process of its own.
+        # mmengine shares visualizers of the same name within a process, so each toolbox draws in a separate process.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
             pool.submit(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture).result()
     summary['versions'] = _versions()

@@ -1,4 +1,4 @@
-"""photo-digits on disk: the same samples as files for the data set classes of the toolboxes."""
+"""Export of photo-digits to files, for the data set classes of the toolboxes."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def export_photo_digits(
     crop_options=None,
     scene_options=None,
 ):
-    """Write photo-digits into a folder.
+    """Write photo-digits to a folder.
 
     Each split has these files:
 
@@ -43,17 +43,17 @@ def export_photo_digits(
     - ``contact_sheet_{split}.png``
 
     The manifest ``photo_digits.json`` holds the options and the licences of the photographs. The decoded images are
-    exactly those of the generators.
+    identical to those of the generators.
 
-    A complete folder with the same options is left unchanged. From a folder with other options or an interrupted call,
-    the files of the earlier call are removed first. Other files in the folder are kept.
+    A complete folder with the same options is left unchanged. If the folder has other options, or an earlier call was
+    interrupted, the files of the earlier call are removed first. All other files in the folder are kept.
 
     Args:
-        out (str | Path): The folder. It is created if it is missing.
-        splits (Sequence[str]): Splits to write.
-        num_crops (int): Crops per split.
-        num_scenes (int): Scenes per split.
-        seed (int): Seed of the generators.
+        out (str | Path): Folder to write. It is created if it is missing.
+        splits (Sequence[str]): Splits to write. Defaults to both.
+        num_crops (int): Number of crops per split. Defaults to 1000.
+        num_scenes (int): Number of scenes per split. Defaults to 200.
+        seed (int): Seed of the generators. Defaults to 0.
         crop_options (dict, optional): Further options of :class:`CropGenerator`.
         scene_options (dict, optional): Further options of :class:`SceneGenerator`.
 
@@ -61,8 +61,8 @@ def export_photo_digits(
         bool: True if the folder was written, False if it was already complete.
 
     Raises:
-        FileExistsError: If the folder holds files but no manifest of this data set, or is a file. Nothing is changed
-            then.
+        FileExistsError: If ``out`` is a file, or a folder with files but without a manifest of this data set. Nothing
+            is changed in this case.
         ImportError: If scikit-learn, scikit-image or pycocotools is not installed.
         OSError: If a file cannot be written.
         TypeError: If an option is unknown.
@@ -70,7 +70,7 @@ def export_photo_digits(
     """
     out = Path(out)
     if not splits or len(set(splits)) != len(splits):
-        raise ValueError(f'splits={splits!r}: expected at least one of {SPLITS}, and none of them twice')
+        raise ValueError(f'splits={splits!r}: expected one or more of {SPLITS}, each at most once')
     generators = {}
     for split in splits:
         for name, kind, number, options in (
@@ -86,7 +86,7 @@ def export_photo_digits(
     if existing == dict(manifest, complete=True):
         return False
     if existing is not None:
-        # If this run is interrupted while it removes files, the manifest must not say that the folder is complete.
+        # The manifest must not claim a complete folder if this call is interrupted while it removes files.
         write_json(out / MANIFEST, dict(existing, complete=False))
         _remove_files(out, existing['options'])
     out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def _make_manifest(generators):
             if photograph.split in options
         ],
     )
-    return json.loads(json.dumps(manifest))  # turns tuples into lists, as in a manifest read from a file
+    return json.loads(json.dumps(manifest))  # turns tuples into lists, to compare with a manifest read from a file
 
 
 def _remove_files(out, options):
@@ -149,9 +149,9 @@ def _remove_files(out, options):
 
 
 def _write_crops(folder, generator):
-    """Write crops into one folder per class. Return the first crops with their labels, for the contact sheet."""
+    """Write crops to one folder per class. Return the first crops with their labels, for the contact sheet."""
     first = []
-    for name in CLASSES:  # empty classes too, because readers number the classes by their folders
+    for name in CLASSES:  # also for classes without crops, because readers number the classes by their folders
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in track(range(generator.length), f'{generator.split} crops'):
         image, label = generator.generate(index)
@@ -247,4 +247,4 @@ def _file_name(index):
 
 def _write_image(path, image):
     if not cv2.imwrite(str(path), image):
-        raise OSError(f'cannot write {path}')
+        raise OSError(f'cannot write {path}: check the permissions of the folder and the free disk space')

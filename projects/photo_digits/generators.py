@@ -34,7 +34,7 @@ _RESTARTS = 20
 
 
 class _Generator:
-    """Base of both generators: options, random streams, backgrounds and digits."""
+    """Base class of both generators: options, random streams, backgrounds and digits."""
 
     kind: str
 
@@ -50,11 +50,11 @@ class _Generator:
 
     @property
     def options(self):
-        """dict: All options on which the samples depend, including split and seed."""
+        """dict: All options that determine the samples, including split and seed."""
         return {name: value for name, value in vars(self).items() if not name.startswith('_')}
 
     def load_sources(self):
-        """Read the pictures of the split now, so that worker processes that are forked later share them."""
+        """Read the photographs and scans of the split now, so that worker processes forked later share the memory."""
         load_photographs(self.split)
         load_scans(self.split)
 
@@ -78,7 +78,7 @@ class _Generator:
         height, width = self.size
         photographs = load_photographs(self.split)
         photograph = photographs[rng.integers(len(photographs))]
-        # Photograph pixels per image pixel: photographs are enlarged at most 2x and reduced at most 4x.
+        # The ratio is in photograph pixels per image pixel. Photographs are enlarged at most 2x and reduced at most 4x.
         maximum = min(4.0, photograph.shape[0] / height, photograph.shape[1] / width)
         ratio = math.exp(rng.uniform(math.log(min(0.5, maximum)), math.log(maximum)))
         rows, columns = max(1, int(height * ratio)), max(1, int(width * ratio))
@@ -107,7 +107,7 @@ class _Generator:
         return cv2.transform(image, np.column_stack([mixing, shift]))
 
     def _draw_digit(self, rng):
-        """Draw the size-independent properties of a digit: scan, label, angle and stroke threshold."""
+        """Draw the properties of a digit that do not depend on its size: scan, label, angle and stroke threshold."""
         scans, labels = load_scans(self.split)
         chosen = rng.integers(len(labels))
         angle = math.radians(rng.uniform(-self.max_angle, self.max_angle))
@@ -122,19 +122,19 @@ class SceneGenerator(_Generator):
 
     Args:
         split (str): ``'train'`` or ``'val'``.
-        seed (int): At least 0. Another seed gives other samples of the same digits and photographs.
+        seed (int): Seed, at least 0. Another seed gives other samples of the same digits and photographs.
         size (int | tuple[int, int]): Side, or (height, width), in pixels; at least 16.
-        num_digits (tuple[int, int]): Minimum and maximum number of digits in a scene. A scene without room for the
-            drawn number gets fewer digits, but never fewer than the minimum.
-        digit_size (tuple[int, int], optional): Minimum and maximum longest side of the tight box of a whole digit, in
-            pixels. The default is (20, 100), with the maximum reduced to two fifths of the shorter side of a small
-            scene, and the minimum to half of that maximum.
-        max_angle (float): Digits are rotated by at most this many degrees in both directions.
-        background (float | tuple[float, float]): 1 shows the photograph, 0 its mean colour; values between blend both.
-            A pair (first, last) changes linearly over ``length`` samples, for a curriculum that is read without
-            shuffling.
-        recolour (float): Strength, from 0 to 1, with which the channels of a photograph are mixed and shifted at
-            random, so that a model does not learn the colours of the few photographs. 0 keeps the colours.
+        num_digits (tuple[int, int]): Minimum and maximum number of digits in a scene. The number is drawn at random. If
+            there is no room for it, the scene has fewer digits, but at least the minimum.
+        digit_size (tuple[int, int], optional): Minimum and maximum of the longest side of a digit's tight box in
+            pixels, hidden parts included. The default is (20, 100). In a small scene, the maximum is two fifths of the
+            shorter side, and the minimum half of that.
+        max_angle (float): Largest rotation of a digit in degrees, in both directions.
+        background (float | tuple[float, float]): 1 shows the photograph, 0 its mean colour, and a number between them a
+            blend. A pair (first, last) changes linearly over ``length`` samples, as a curriculum for a sampler that
+            does not shuffle.
+        recolour (float): Strength, from 0 to 1, of random mixing and shifting of a photograph's channels. It prevents a
+            model from learning the colours of the few photographs. 0 keeps the colours.
         length (int, optional): Number of samples. By default unlimited.
 
     Raises:
@@ -167,9 +167,9 @@ class SceneGenerator(_Generator):
         available = self.size[0] * self.size[1] // 2
         if self.num_digits[0] > 1 and needed > available:  # a single digit always finds room
             raise ValueError(
-                f'{self.num_digits[0]} digits with a side of {self.digit_size[0]} pixels need {needed} pixels, more '
-                f'than half of a scene of size {self.size} ({available}); reduce num_digits or digit_size, or increase '
-                'size'
+                f'{self.num_digits[0]} digits with a side of {self.digit_size[0]} pixels need {needed} pixels: '
+                f'expected at most {available}, half of a scene of size {self.size}; reduce num_digits or digit_size, or '
+                'increase size'
             )
 
     def generate(self, index):
@@ -183,7 +183,7 @@ class SceneGenerator(_Generator):
 
         Raises:
             IndexError: If the index is out of range.
-            RuntimeError: If there was no room for the minimum number of digits in any attempt.
+            RuntimeError: If no attempt found room for the minimum number of digits.
         """
         index = self._check_index(index)
         rng = self._rng(index)
@@ -220,11 +220,11 @@ class CropGenerator(_Generator):
 
     Args:
         split (str): ``'train'`` or ``'val'``.
-        seed (int): At least 0. Another seed gives other samples of the same digits and photographs.
+        seed (int): Seed, at least 0. Another seed gives other samples of the same digits and photographs.
         size (int | tuple[int, int]): Side, or (height, width), in pixels; at least 16.
-        digit_size (tuple[float, float]): Minimum and maximum longest side of the digit's tight box, as a fraction of
-            the shorter side of the crop. The whole digit lies inside the crop.
-        max_angle (float): Digits are rotated by at most this many degrees in both directions.
+        digit_size (tuple[float, float]): Minimum and maximum of the longest side of the digit's tight box, as a
+            fraction of the shorter side of the crop. The whole digit lies inside the crop.
+        max_angle (float): Largest rotation of the digit in degrees, in both directions.
         background (float | tuple[float, float]): See :class:`SceneGenerator`.
         recolour (float): See :class:`SceneGenerator`.
         length (int, optional): Number of samples. By default unlimited.
@@ -253,8 +253,9 @@ class CropGenerator(_Generator):
         self._sides = math.ceil(smallest * shorter), math.floor(largest * shorter)
         if not MIN_DIGIT <= self._sides[0] <= self._sides[1]:
             raise ValueError(
-                f'digit_size={self.digit_size}: expected fractions of {shorter} pixels with an integer between them, '
-                f'the smaller at least {MIN_DIGIT} pixels; got {smallest * shorter:g} and {largest * shorter:g} pixels'
+                f'digit_size={self.digit_size} is {smallest * shorter:g} to {largest * shorter:g} of {shorter} pixels: '
+                f'expected a range that contains an integer and starts at {MIN_DIGIT} pixels or more; increase '
+                'digit_size or size'
             )
 
     def generate(self, index):
@@ -273,7 +274,7 @@ class CropGenerator(_Generator):
         return scene.image, int(scene.labels[0])
 
     def generate_scene(self, index):
-        """Generate the same crop with all its annotations.
+        """Generate the crop that :meth:`generate` returns, with all its annotations.
 
         Args:
             index (int): At least 0, and below ``length`` if there is one.

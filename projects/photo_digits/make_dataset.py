@@ -1,4 +1,4 @@
-"""Write the data set photo-digits into a folder."""
+"""Write the data set photo-digits to a folder."""
 
 import argparse
 
@@ -7,11 +7,16 @@ from .sources import SPLITS
 
 
 def build_parser():
+    """Build the argument parser.
+
+    Returns:
+        argparse.ArgumentParser: The parser.
+    """
     parser = argparse.ArgumentParser('python -m projects.photo_digits.make_dataset', description=__doc__)
-    parser.add_argument('out', help='folder to write: a new or an empty folder, or one that this program wrote')
+    parser.add_argument('out', help='folder to write: new, empty, or written by this program before')
     parser.add_argument('--split', nargs='+', choices=SPLITS, default=SPLITS, help='splits to write (default: both)')
-    parser.add_argument('--crops', type=int, default=1000, help='crops per split (default: %(default)s)')
-    parser.add_argument('--scenes', type=int, default=200, help='scenes per split (default: %(default)s)')
+    parser.add_argument('--crops', type=int, default=1000, help='number of crops per split (default: %(default)s)')
+    parser.add_argument('--scenes', type=int, default=200, help='number of scenes per split (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='seed of the samples (default: %(default)s)')
     parser.add_argument('--size', type=int, default=256, help='side of a scene in pixels (default: %(default)s)')
     parser.add_argument('--crop-size', type=int, default=64, help='side of a crop in pixels (default: %(default)s)')
@@ -21,20 +26,20 @@ def build_parser():
         nargs=2,
         default=(2, 6),
         metavar=('MIN', 'MAX'),
-        help='digits per scene (default: 2 6)',
+        help='minimum and maximum number of digits per scene (default: 2 6)',
     )
     parser.add_argument(
         '--digit-size',
         type=int,
         nargs=2,
         metavar=('MIN', 'MAX'),
-        help='longest side of the digits of a scene in pixels (default: 20 100, less in small scenes)',
+        help='smallest and largest digit of a scene, longest side in pixels (default: 20 100, less in small scenes)',
     )
     parser.add_argument(
         '--background',
         type=float,
         default=1.0,
-        help='strength of the background, from 0 (its mean colour) to 1 (photograph) (default: %(default)s)',
+        help='strength of the photograph, from 0 (its mean colour) to 1 (unchanged) (default: %(default)s)',
     )
     return parser
 

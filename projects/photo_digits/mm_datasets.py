@@ -38,7 +38,7 @@ def encode_mask(mask):
 
 
 class _PhotoDigits(BaseDataset):
-    """Base of both data sets. The samples come from a generator of ``generator_class``."""
+    """Base class of both data sets. A generator of ``generator_class`` composes the samples."""
 
     annotations = 'instances'
     generator_class: type
@@ -63,7 +63,7 @@ class _PhotoDigits(BaseDataset):
         metainfo = {**own, **(metainfo or {})}
         if len(metainfo['classes']) != len(own['classes']):
             raise ValueError(
-                f'metainfo names the classes {metainfo["classes"]!r}: expected {len(own["classes"])} classes'
+                f'metainfo: classes={metainfo["classes"]!r}: expected names for {len(own["classes"])} classes'
             )
         super().__init__(
             metainfo=metainfo,
@@ -82,7 +82,7 @@ class _PhotoDigits(BaseDataset):
         Returns:
             list[dict]: ``index``, ``img_path`` (a name, not a file), ``height`` and ``width`` of each sample.
         """
-        self.generator.load_sources()  # before worker processes are forked, so that they share the pictures
+        self.generator.load_sources()  # before worker processes are forked, so that they share the memory
         height, width = self.generator.size
         prefix = f'photo-digits/{self.generator.split}/{self.generator.kind}'
         return [
@@ -97,7 +97,7 @@ class _PhotoDigits(BaseDataset):
             idx (int): Position in the data set.
 
         Returns:
-            dict: The sample as after a toolbox's loading of the image.
+            dict: The sample in the form that the toolboxes' ``LoadImageFromFile`` produces.
         """
         info = super().get_data_info(idx)
         info.update(self._compose(info.pop('index')))
@@ -110,13 +110,13 @@ class PhotoDigitsCrops(_PhotoDigits):
     """Crops with one digit each, for classification with mmpretrain.
 
     A sample holds ``img`` (H, W, 3) uint8 BGR, ``gt_label``, ``img_shape``, ``ori_shape``, ``sample_idx`` and
-    ``img_path``. All samples of an epoch differ, and each epoch repeats them. To never repeat a sample, set ``length``
-    to the number of samples of the whole training.
+    ``img_path``. All samples of an epoch differ, but every epoch has the same samples. To avoid repetition, set
+    ``length`` to the number of samples of the whole training.
 
     Args:
         split (str): ``'train'`` or ``'val'``.
         length (int): Number of samples.
-        seed (int): At least 0. Another seed gives other samples.
+        seed (int): Seed, at least 0. Another seed gives other samples.
         generator (dict, optional): Options of :class:`CropGenerator`: ``size``, ``digit_size``, ``max_angle``,
             ``background``, ``recolour``. A ``background`` that changes over the data set needs a sampler that does not
             shuffle.
@@ -143,22 +143,24 @@ class PhotoDigitsScenes(_PhotoDigits):
     A sample holds ``img`` (H, W, 3) uint8 BGR, ``img_shape``, ``ori_shape``, ``height``, ``width``, ``img_id``,
     ``sample_idx`` and ``img_path``. The value of ``annotations`` adds:
 
-    - ``'instances'``: ``instances`` for mmdet's ``LoadAnnotations(with_bbox=True, with_mask=True)``; ten classes.
-    - ``'semantic'``: ``gt_seg_map`` (H, W) uint8, listed in ``seg_fields``, with ``label_map`` and
-      ``reduce_zero_label``, as after mmsegmentation's ``LoadAnnotations``; ``background`` and ten classes. Transforms
-      change the map together with the image, so an evaluation pipeline must not resize.
+    - ``'instances'``: ``instances`` for mmdet's ``LoadAnnotations(with_bbox=True, with_mask=True)``. There are ten
+      classes.
+    - ``'semantic'``: ``gt_seg_map`` (H, W) uint8, ``seg_fields``, ``label_map`` and ``reduce_zero_label``, in the form
+      that mmsegmentation's ``LoadAnnotations`` produces. There are ``background`` and ten classes. A resize would also
+      resize the ground truth, so an evaluation pipeline must not resize.
 
-    A pipeline starts with the loaded image. For repeated samples see :class:`PhotoDigitsCrops`.
+    A pipeline must not load the image, because the sample already holds it. See :class:`PhotoDigitsCrops` about
+    repeated samples.
 
     Args:
         split (str): ``'train'`` or ``'val'``.
         length (int): Number of samples.
-        seed (int): At least 0. Another seed gives other samples.
+        seed (int): Seed, at least 0. Another seed gives other samples.
         annotations (str): ``'instances'`` or ``'semantic'``.
         generator (dict, optional): Options of :class:`SceneGenerator`: ``size``, ``num_digits``, ``digit_size``,
             ``max_angle``, ``background``, ``recolour``.
         filter_cfg (dict, optional): As in :class:`mmengine.dataset.BaseDataset`. No scene is filtered, because every
-            scene has a digit.
+            scene has at least one digit.
         metainfo, pipeline, indices, serialize_data, test_mode, lazy_init, max_refetch: As in
             :class:`mmengine.dataset.BaseDataset`.
 

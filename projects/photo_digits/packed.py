@@ -1,4 +1,4 @@
-"""Crops of photo-digits in one file, for several trainings on the same crops: reading is faster than composing."""
+"""Crops of photo-digits in one file, which is faster to read than to compose again for every training."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from .sources import CLASSES, PALETTE
 
 
 def pack_crops(folder, seed, length, **options):
-    """Write crops of the training split into one file. An existing file with the same crops is kept.
+    """Write crops of the training split to one file. An existing file with the same crops is kept.
 
     Args:
         folder (str | Path): Folder of the file. It is created if it is missing.
@@ -25,7 +25,8 @@ def pack_crops(folder, seed, length, **options):
         **options: Further options of :class:`CropGenerator`.
 
     Returns:
-        Path: The file. Its name depends on all options and on the versions of OpenCV and NumPy.
+        Path: The file. Its name depends on all options and on the versions of OpenCV and NumPy, so that it identifies
+        the crops.
 
     Raises:
         ImportError: If scikit-learn or scikit-image is not installed.
@@ -55,7 +56,7 @@ class PackedCrops(BaseDataset):
     A sample holds ``img`` (H, W, 3) uint8 BGR, ``gt_label``, ``img_shape``, ``ori_shape`` and ``sample_idx``.
 
     Args:
-        ann_file (str): The file.
+        ann_file (str): File to read.
         metainfo, data_root, pipeline, filter_cfg, indices, serialize_data, test_mode, lazy_init, max_refetch: As in
             :class:`mmengine.dataset.BaseDataset`.
 
@@ -82,8 +83,8 @@ class PackedCrops(BaseDataset):
             idx (int): Position in the data set.
 
         Returns:
-            dict: The sample as after mmpretrain's loading of the image.
+            dict: The sample in the form that mmpretrain's ``LoadImageFromFile`` produces.
         """
         info = super().get_data_info(idx)
-        image = np.array(self.images[info.pop('index')])  # a copy, because transforms may write into it
+        image = np.array(self.images[info.pop('index')])  # a copy, because transforms may change it in place
         return dict(info, img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])

@@ -1,4 +1,4 @@
-"""Pictures of trained models: loss curves, and predictions next to the ground truth."""
+"""Figures of trained models: loss curves, and predictions next to the ground truth."""
 
 from tempfile import TemporaryDirectory
 
@@ -13,10 +13,10 @@ from soft_mm.utils import make_figure, read_config
 
 
 def draw_loss_curves(work_dirs, out_file):
-    """Draw the training loss of several runs against the iteration, in one panel per run.
+    """Draw the training loss of several runs, with one panel per run.
 
     Args:
-        work_dirs (dict[str, str | Path]): Title and work dir of each run.
+        work_dirs (dict[str, str | Path]): Maps the title of each run to its work dir.
         out_file (str | Path): Picture to write.
     """
     figure, axes = make_figure(1, len(work_dirs), (4.5 * len(work_dirs), 3.5))
@@ -31,8 +31,8 @@ def draw_loss_curves(work_dirs, out_file):
 def draw_predictions(config, checkpoint, out_file, count=8, columns=2):
     """Draw the first test images of a detector or segmentor, each with ground truth (left) and prediction (right).
 
-    The toolbox's visualizer draws them. mmengine shares visualizers of the same name within a process, so call this
-    for one toolbox per process.
+    The visualizer of the toolbox draws them. mmengine shares visualizers of the same name within a process, so a
+    process must call this function for one toolbox only.
 
     Args:
         config (str | Path): Config of mmdet or mmsegmentation.
@@ -63,7 +63,7 @@ def _draw_tiles(cfg, checkpoint, count):
         with torch.no_grad():
             sample = runner.model.test_step(pseudo_collate([dataset[index]]))[0]
         image = mmcv.imread(sample.img_path, channel_order='rgb')
-        # mmseg's visualizer writes both drawings to the file, but keeps only the second one in memory.
+        # mmseg's visualizer keeps only the second drawing in memory, but writes both to the file.
         tile = f'{cfg.work_dir}/{index}.png'
         runner.visualizer.add_datasample('', image, sample, draw_gt=True, draw_pred=True, out_file=tile)
         tiles.append(mmcv.imread(tile))

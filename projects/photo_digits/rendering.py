@@ -1,4 +1,4 @@
-"""Rendering of photo-digits: digits of any size and angle, drawn onto a picture together with their annotations."""
+"""Rendering of photo-digits: draws digits of any size and angle onto a picture, and records their annotations."""
 
 import math
 from dataclasses import dataclass
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-MIN_DIGIT = 8  # pixels; a digit smaller than its 8x8 scan cannot be recognised
-MIN_VISIBLE = 0.6  # visible fraction of a digit that later digits must leave
-MIN_CONTRAST = 60.0  # between the luma of a digit and the mean luma below it, in grey levels
+MIN_DIGIT = 8  # side in pixels; a digit smaller than its 8x8 scan cannot be recognised
+MIN_VISIBLE = 0.6  # smallest fraction of a digit that must stay visible under later digits
+MIN_CONTRAST = 60.0  # smallest difference between the luma of a digit and the mean luma below it, in grey levels
 
 _OVERSAMPLE = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture with ``K`` digits in drawing order: later digits lie on top.
+    """A picture with ``K`` digits in drawing order. Later digits hide earlier ones.
 
     Attributes:
         image (np.ndarray): (H, W, 3) uint8, BGR as in mmcv and OpenCV.
         labels (np.ndarray): (K,) int64, classes 0 to 9.
-        boxes (np.ndarray): (K, 4) float32, xyxy in pixels, tight around the visible mask. Right and bottom are
-            exclusive: ``x2`` is the last column plus 1.
+        boxes (np.ndarray): (K, 4) float32, xyxy in pixels, tight around the visible mask. ``x2`` and ``y2`` are
+            exclusive: the last column and row plus 1.
         masks (np.ndarray): (K, H, W) bool, visible pixels. Masks do not overlap.
         areas (np.ndarray): (K,) int64, numbers of visible pixels.
         full_boxes (np.ndarray): (K, 4) float32, xyxy in pixels, tight around the whole digit, hidden parts included.
@@ -43,7 +43,7 @@ class Canvas:
     """A picture onto which digits are drawn.
 
     Args:
-        image (np.ndarray): (H, W, 3) uint8, BGR. It is drawn on in place.
+        image (np.ndarray): (H, W, 3) uint8, BGR, changed in place.
     """
 
     def __init__(self, image):
@@ -58,7 +58,7 @@ class Canvas:
         """Draw a digit, unless it would hide too much of an earlier one.
 
         Args:
-            rng (np.random.Generator): Source of the digit's colour.
+            rng (np.random.Generator): Random generator for the colour of the digit.
             label (int): Class of the digit.
             alpha (np.ndarray): (h, w) float32, opacity of the digit, from :func:`render_digit`.
             box (tuple[int, int, int, int]): Tight box (x, y, width, height) of the digit within ``alpha``.
@@ -84,7 +84,11 @@ class Canvas:
         return True
 
     def to_scene(self):
-        """Return the picture and its annotations as a :class:`Scene`."""
+        """Collect the picture and its annotations.
+
+        Returns:
+            Scene: The picture with all digits that were drawn.
+        """
         labels = np.array(self.labels, np.int64)
         masks = self.owner == np.arange(len(labels), dtype=np.int8)[:, None, None]
         boxes = np.empty((len(labels), 4), np.float32)
@@ -113,7 +117,7 @@ class Canvas:
 
 
 def _draw_colour(rng, below):
-    """Draw a colour (3,) that differs from the pixels below. The difference grows with their standard deviation."""
+    """Draw a random colour (3,) that contrasts with the pixels below. The contrast grows with their deviation."""
     candidates = rng.integers(0, 256, (16, 3)).astype(np.float32)
     luma = candidates @ np.array([0.114, 0.587, 0.299], np.float32)
     mean, deviation = (float(value[0, 0]) for value in cv2.meanStdDev(cv2.cvtColor(below, cv2.COLOR_BGR2GRAY)))
@@ -134,10 +138,10 @@ def render_digit(scan, angle, threshold, side):
 
     Returns:
         tuple: Opacity (h, w) float32 in [0, 1], and the tight box (x, y, width, height) of the pixels with an opacity
-            of at least 0.5.
+            >= 0.5.
     """
-    # Magnify first (cubic), then warp (bilinear): OpenCV rounds coordinates to 1/32 pixel, which would be visible as
-    # steps if it warped the 8x8 pixels directly. The surface is smooth, so sampling it at points does not alias.
+    # Magnify first (cubic), then warp (bilinear). OpenCV rounds coordinates to 1/32 pixel, which would be visible as
+    # steps if the 8x8 pixels were warped directly. The magnified surface is smooth, so the warp does not alias.
     surface = cv2.resize(np.pad(scan, 1), None, fx=_OVERSAMPLE, fy=_OVERSAMPLE, interpolation=cv2.INTER_CUBIC)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     rows, columns = np.nonzero(surface >= threshold)
@@ -149,7 +153,7 @@ def render_digit(scan, angle, threshold, side):
     for step in range(8):
         matrix = np.empty((2, 3))
         matrix[:, :2] = scale * rotation
-        # Not every side is reachable at every position between two pixels, so each step tries another position.
+        # At a given subpixel position, some sides cannot be reached, so each step tries another position.
         matrix[:, 2] = (np.array([width, height]) - 1 + step / 4) / 2 - scale * (low + high) / 2
         values = cv2.warpAffine(surface, matrix, (width, height), flags=cv2.INTER_LINEAR)
         box = cv2.boundingRect((values >= threshold).view(np.uint8))
@@ -158,9 +162,9 @@ def render_digit(scan, angle, threshold, side):
             best = error, values, box, scale
         if error == 0:
             break
-        # A small change of scale can add or remove a whole column, so the corrections get smaller at each step.
+        # A small change of scale can add or remove a whole column, so the correction decreases with each step.
         scale *= 1 + error / side / (1 + step / 2)
     _, values, box, scale = best
-    # The surface rises by about 0.7 per pixel of the scan, so this makes the edge about one pixel wide at any size.
+    # The surface rises by about 0.7 per pixel of the scan, so with this slope the edge is about one pixel wide.
     slope = scale * _OVERSAMPLE * 1.1
     return np.clip((values - threshold) * slope + 0.5, 0, 1).astype(np.float32), box

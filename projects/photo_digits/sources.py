@@ -1,4 +1,4 @@
-"""The sources of photo-digits: photographs and digit scans that installed packages contain."""
+"""Sources of photo-digits: photographs and digit scans inside installed packages."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +29,16 @@ NUM_VAL_SCANS = 397
 
 @dataclass(frozen=True)
 class Photograph:
-    """A picture inside an installed package, with its licence."""
+    """Photograph inside an installed package, with its licence.
+
+    Attributes:
+        name: Name of the photograph.
+        split: ``'train'`` or ``'val'``.
+        package: Package that contains it.
+        file: Path of the file inside the package.
+        licence: Licence or legal status.
+        credit: Author, with an address where one is known.
+    """
 
     name: str
     split: str
@@ -47,9 +56,9 @@ def _sklearn(name, split, file, licence, credit):
     return Photograph(name, split, 'sklearn', f'datasets/images/{file}', licence, credit)
 
 
-#: The licences are those that the docstrings of ``skimage.data`` and scikit-learn's ``datasets/images/README.txt``
-#: state. Pictures without a stated licence (moon, page, stereo_motorcycle) are left out, and so is text, because it
-#: shows handwriting.
+#: All photographs. The docstrings of ``skimage.data`` and scikit-learn's ``datasets/images/README.txt`` state their
+#: licences. The pictures moon, page and stereo_motorcycle are excluded because no licence is stated, and the picture
+#: text because it shows handwriting.
 PHOTOGRAPHS = (
     _skimage('astronaut', 'train', 'astronaut.png', 'public domain', 'NASA, https://flic.kr/p/r9qvLn'),
     _skimage('brick', 'train', 'brick.png', 'CC0', 'CC0Textures, Bricks25'),
@@ -119,10 +128,10 @@ PHOTOGRAPHS = (
 
 @cache
 def load_photographs(split):
-    """Read the photographs of a split, once per process.
+    """Read the photographs of a split, and cache them for the process.
 
-    The files are read from the installed packages. The functions of ``skimage.data`` are not used, because they
-    download a missing file.
+    The files are read directly from the installed packages, because the functions of ``skimage.data`` would download
+    missing files.
 
     Args:
         split (str): ``'train'`` or ``'val'``.
@@ -146,7 +155,7 @@ def load_photographs(split):
         if image is None:
             raise FileNotFoundError(
                 f'{path} is missing: {photograph.package} {package.__version__} does not contain it; install another '
-                'release'
+                f'release of {photograph.package}'
             )
         image.setflags(write=False)
         images.append(image)
@@ -155,7 +164,7 @@ def load_photographs(split):
 
 @cache
 def load_scans(split):
-    """Read the digit scans of a split, once per process.
+    """Read the digit scans of a split, and cache them for the process.
 
     The split is stratified by class and does not depend on the seed of a generator.
 

@@ -1,6 +1,7 @@
-"""Checkpoints: reading them safely, comparing them with a model, and converting those of the authors.
+"""Checkpoints: safe reading, comparison with a model, and conversion of the authors' checkpoints.
 
-Only :mod:`soft_mm.checkpoints.convert` imports models, so it is not imported here.
+:mod:`soft_mm.checkpoints.convert` imports the models, and the models import this package. To avoid a circular import,
+it is not imported here.
 """
 
 from .official import from_official, to_official

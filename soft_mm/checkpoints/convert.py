@@ -1,4 +1,4 @@
-"""Conversion of the authors' checkpoints. The only module of this package that knows models."""
+"""Conversion of the authors' checkpoints. No other module of this package imports models."""
 
 import re
 from dataclasses import dataclass
@@ -16,19 +16,20 @@ from .reading import import_safetensors
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted checkpoint of the authors.
+    """Result of :func:`convert_checkpoint`.
 
     Attributes:
-        state_dict: Weights with our keys: ``backbone.*`` and, unless left out, ``head.fc.*``.
+        state_dict: Weights with our keys: ``backbone.*`` and, with a classifier, ``head.fc.*``.
         arch: A key of :attr:`SOFT.arch_zoo`, or a dict with ``embed_dims``, ``num_heads``, ``depths``, ``ratios`` and
             ``conv_sizes``.
-        normalized: Whether the attention is normalised. None if the file does not say.
-        num_classes: Classes of the classifier, or None without a classifier.
+        normalized: Whether the attention is normalised. None if the file does not specify it.
+        num_classes: Number of classes of the classifier, or None without a classifier.
         grids: Grids of the position embeddings, one per stage.
-        weights: Where the weights were found: ``'state_dict_ema'``, ``'state_dict'``, ``'model'`` or ``'bare'``.
+        weights: Entry of the file that holds the weights: ``'state_dict_ema'``, ``'state_dict'``, ``'model'``, or
+            ``'bare'`` if the file itself is the state dict.
         dropped: The authors' keys that were left out on request.
         num_source: Number of keys of the source weights.
-        unused: Other entries of the file: other weights, the optimizer's state, settings.
+        unused: Entries of the file that were not converted: other weights, optimizer state, settings.
     """
 
     state_dict: dict
@@ -48,22 +49,25 @@ def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
     Args:
         checkpoint (dict): Output of :func:`~soft_mm.checkpoints.read_checkpoint`: a bare state dict, or a dict with a
             state dict under ``state_dict_ema``, ``state_dict`` or ``model``. Keys may have the prefix
-            ``module.``. An ``argparse.Namespace`` under ``args`` names the model.
-        weights (str | None): ``'ema'`` for averaged weights, ``'raw'`` for those of the last step, or None for the
-            averaged weights if there are any. Defaults to None.
-        backbone_only (bool): Leave the classifier out. Defaults to False.
+            ``module.``. If there is an ``argparse.Namespace`` under ``args``, its ``model`` says whether the attention
+            is normalised.
+        weights (str | None): ``'ema'`` for averaged weights, or ``'raw'`` for the weights of the last step. Defaults to
+            None: the averaged weights if the file has them.
+        backbone_only (bool): Leave out the classifier. Defaults to False.
 
     Returns:
-        Conversion: Every key of the source is converted or listed in ``dropped``. Every parameter of the model is set.
+        Conversion: The converted weights. Every key of the source is converted or listed in ``dropped``, and every
+        parameter of the backbone is set.
 
     Raises:
-        ValueError: If the requested weights are missing, or are not those of a SOFT model of the authors.
+        ValueError: If the requested weights are missing, or do not form a SOFT model with the authors' names.
     """
     source, name = _find_weights(checkpoint, weights)
     official = {key.removeprefix('module.'): value for key, value in source.items()}
     if not any(key.startswith('block1.') for key in official):
         raise ValueError(
-            f'not a SOFT model of the authors: it has no keys block1.*, its first keys are {sorted(official)[:4]}'
+            f'not a SOFT model of the authors: the keys are {sorted(official)[:4]}...: expected keys block1.*; give a '
+            "checkpoint of the authors' classification code"
         )
     dropped = tuple(key for key in official if backbone_only and key.startswith('head.'))
     ours = from_official({key: value for key, value in official.items() if key not in dropped})
@@ -74,7 +78,7 @@ def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
     target = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
     diff = compare_state_dicts({key: value for key, value in ours.items() if not key.startswith('head.fc.')}, target)
     if diff.missing or diff.unexpected or diff.misshapen:
-        raise ValueError(f'the weights do not form a SOFT model: {diff}')
+        raise ValueError(f'the weights are not those of one SOFT model, so the file may be modified: {diff}')
     known = {_arch_key(facts): known for known, facts in SOFT.arch_zoo.items()}
     named = known.get(_arch_key(arch)) if _usual(arch) else None
     unused = () if name == 'bare' else tuple(str(key) for key in checkpoint if key != name)
@@ -84,32 +88,36 @@ def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
 
 def _find_weights(checkpoint, weights):
     if weights not in (None, 'ema', 'raw'):
-        raise ValueError(f"weights={weights!r} is unknown; choose 'ema' or 'raw'")
+        raise ValueError(f"weights={weights!r} is unknown; choose 'ema', 'raw' or None")
     places = [key for key in ('state_dict_ema', 'state_dict', 'model') if isinstance(checkpoint.get(key), dict)]
     if weights == 'ema' and 'state_dict_ema' not in places:
-        raise ValueError(f'no averaged weights (state_dict_ema) in this file, only {places or "a bare state dict"}')
+        raise ValueError(
+            f"weights='ema': the file has no averaged weights (state_dict_ema), only {places or 'a bare state dict'}; "
+            'leave the option out'
+        )
     if weights == 'raw':
         places = [key for key in places if key != 'state_dict_ema'] or places
         if places == ['state_dict_ema']:
-            raise ValueError('only averaged weights (state_dict_ema) in this file')
+            raise ValueError("weights='raw': the file has only averaged weights (state_dict_ema); leave the option out")
     source, name = (checkpoint[places[0]], places[0]) if places else (checkpoint, 'bare')
     non_tensors = [
         key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)
     ]
     if non_tensors or not source:
-        raise ValueError(f'not a SOFT checkpoint: {name} holds no tensors under the keys {non_tensors[:4]}')
+        found = f'it has other entries, {non_tensors[:4]}' if non_tensors else 'it is empty'
+        raise ValueError(f'not a SOFT checkpoint: {name}: expected a dict of names and tensors, but {found}')
     return source, name
 
 
 def _read_arch(ours):
-    """Read the architecture and the grids from the keys and shapes."""
+    """Infer the architecture and the grids of the position embeddings from keys and shapes."""
     dims, depths, heads, ratios, sizes, grids = [], [], [], [], [], []
     for stage in range(4):
         prefix = f'backbone.stages.{stage}.'
         position = ours.get(f'{prefix}pos_embed')
         blocks = [int(key.split('.')[4]) for key in ours if key.startswith(f'{prefix}blocks.')]
         if position is None or not blocks:
-            raise ValueError(f'stage {stage + 1} is missing: no position embeddings or no blocks')
+            raise ValueError(f'stage {stage + 1} has no position embeddings or no blocks: expected all four stages')
         dims.append(position.shape[1])
         depths.append(max(blocks) + 1)
         grids.append(tuple(position.shape[-2:]))
@@ -117,14 +125,17 @@ def _read_arch(ours):
             local = ours.get(f'{prefix}blocks.0.attn.local.weight')
             landmark = ours.get(f'{prefix}blocks.0.attn.landmark.weight')
             if local is None or landmark is None:
-                raise ValueError(f'stage {stage + 1} has no softmax-free attention')
+                raise ValueError(
+                    f'stage {stage + 1} has no softmax-free attention: expected att.mha.attn.conv and Qlandmark_op in '
+                    f'block{stage + 1}.0'
+                )
             if local.ndim != 4 or landmark.ndim != 4:
                 shapes = f'{tuple(local.shape)} and {tuple(landmark.shape)}'
-                raise ValueError(f'stage {stage + 1}: filters of the shapes {shapes}: expected four dimensions')
+                raise ValueError(f'stage {stage + 1}: filters of shapes {shapes}: expected four dimensions')
             heads.append(local.shape[0])
             sizes.append(local.shape[-1])
             ratios.append(landmark.shape[-1])
-    # The shapes of stage 4 do not show its heads. They have the width of the other heads.
+    # No shape of stage 4 depends on its number of heads. In the authors' models, all heads have the same width.
     heads.append(max(dims[3] * heads[0] // dims[0], 1))
     arch = dict(embed_dims=dims, num_heads=heads, depths=depths, ratios=[*ratios, 1], conv_sizes=sizes)
     return {key: tuple(value) for key, value in arch.items()}, tuple(grids)
@@ -144,7 +155,10 @@ def _read_classes(ours):
         return None
     if weight is None or bias is None or weight.ndim != 2 or len(weight) != len(bias):
         shapes = [None if value is None else tuple(value.shape) for value in (weight, bias)]
-        raise ValueError(f'the classifier has no clear number of classes: weight {shapes[0]}, bias {shapes[1]}')
+        raise ValueError(
+            f'the classifier must have one number of classes: weight {shapes[0]}, bias {shapes[1]}: expected '
+            '(classes, channels) and (classes,); or convert the backbone only'
+        )
     return len(weight)
 
 
@@ -161,13 +175,13 @@ def save_conversion(conversion, path, normalized, source):
 
     Args:
         conversion (Conversion): Conversion to write.
-        path (Path): File. ``.pth`` holds a dict with ``meta`` and ``state_dict``, ``.safetensors`` the weights with the
-            metadata as strings.
+        path (Path): File to write. A ``.pth`` file holds a dict with ``meta`` and ``state_dict``. A ``.safetensors``
+            file holds the weights, and the metadata as strings.
         normalized (bool): Whether the attention is normalised, for the metadata.
         source (str): Name of the authors' file, for the metadata.
 
     Raises:
-        ValueError: If safetensors is needed and not installed.
+        ValueError: If the file ends in ``.safetensors`` and safetensors is not installed.
         OSError: If the file cannot be written.
     """
     meta = dict(arch=conversion.arch, normalized=normalized, num_classes=conversion.num_classes, source=source)
@@ -182,15 +196,16 @@ def save_conversion(conversion, path, normalized, source):
 
 
 def config_of(conversion, path, normalized):
-    """Return the text of a config that loads a conversion: a classifier, or only a backbone if there is no classifier.
+    """Return the text of a config that loads a converted checkpoint.
 
     Args:
         conversion (Conversion): Conversion that was written.
-        path (Path): Its file.
+        path (Path): File of the converted checkpoint.
         normalized (bool): Whether the attention is normalised.
 
     Returns:
-        str: Python source.
+        str: Config in Python. It loads the whole classifier from a ``.pth`` file. It loads only the backbone from a
+        ``.safetensors`` file, or if there is no classifier.
     """
     named = isinstance(conversion.arch, str)
     arch = conversion.arch if named else 'small'
@@ -203,7 +218,7 @@ def config_of(conversion, path, normalized):
     if conversion.grids[0] != (56, 56):
         backbone.append(f'img_size={tuple(4 * side for side in conversion.grids[0])}')
     if conversion.num_classes is None or path.suffix == '.safetensors':
-        # mmengine's runner cannot read safetensors, and a backbone is not a whole model.
+        # load_from needs a whole model in a .pth file. Otherwise init_cfg loads the backbone.
         backbone.append(f"init_cfg=dict(type='Pretrained', checkpoint={str(path)!r}, prefix='backbone.')")
     if backbone:
         model.append(f'backbone=dict({", ".join(backbone)})')

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a model."""
+"""Comparison of a checkpoint with the model that should load it."""
 
 import re
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ def find_state_dict(checkpoint, path):
 
     Args:
         checkpoint (dict): Content of the file.
-        path (str): The file, for the message.
+        path (str): File of the checkpoint, for the message.
 
     Returns:
         dict[str, Tensor]: The state dict.
 
     Raises:
-        ValueError: If it is not a dict of tensors.
+        ValueError: If the state dict is not a dict of tensors.
     """
     state_dict = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state_dict, dict):
@@ -37,8 +37,8 @@ class StateDictDiff:
     Attributes:
         missing: Keys that only the model has.
         unexpected: Keys that only the checkpoint has.
-        misshapen: Texts ``'key found_shape for expected_shape'`` of keys with another shape.
-        resized: Keys of position embeddings that have the same channels on another grid. They fit after resizing.
+        misshapen: One text ``'key found_shape for expected_shape'`` per key with another shape.
+        resized: Keys of position embeddings with the same channels on another grid. They fit after resizing.
     """
 
     missing: list
@@ -80,7 +80,7 @@ def _same_channels(found, expected):
 
 
 def check_whole_model(found, expected, path):
-    """Check that a checkpoint has every weight of a model. Toolboxes leave missing weights at their initial values.
+    """Check that a checkpoint has every weight of a model. Toolboxes keep the random values of missing weights.
 
     Args:
         found (dict[str, Tensor]): State dict of the checkpoint.
@@ -93,19 +93,19 @@ def check_whole_model(found, expected, path):
     diff = compare_state_dicts(found, expected)
     if diff.missing or diff.misshapen:
         raise ValueError(
-            f'{path} does not fit the model of this config. Of {len(expected)} weights: {diff}. Give the config that '
-            'the checkpoint was trained with'
+            f'{path} does not fit the model of this config. Of its {len(expected)} weights: {diff}. Give the config '
+            'with which the checkpoint was trained'
         )
 
 
 @dataclass(frozen=True)
 class BackboneFit:
-    """Weights of a checkpoint for a backbone.
+    """Weights for a backbone, found in a checkpoint.
 
     Attributes:
         weights: State dict with the keys of the backbone.
         resized: Keys of position embeddings that must be resized.
-        report: One line that accounts for every key of the checkpoint.
+        report: One line for the log: which keys of the checkpoint are loaded, resized or unused.
     """
 
     weights: dict
@@ -118,24 +118,22 @@ def match_backbone(state_dict, expected, prefix, path):
 
     Args:
         state_dict (dict[str, Tensor]): State dict of the checkpoint.
-        expected (dict[str, Tensor]): State dict of the backbone. Stages that ``out_indices`` does not need are not in
-            it.
+        expected (dict[str, Tensor]): State dict of the backbone. It has only the stages that ``out_indices`` needs.
         prefix (str): Prefix of the backbone's keys in the checkpoint, such as ``'backbone.'``.
         path (str): File of the checkpoint, for messages.
 
     Returns:
-        BackboneFit: The weights.
+        BackboneFit: The weights, and what was found.
 
     Raises:
-        ValueError: If a key is missing or unexpected, or has another shape (position embeddings on another grid are
-            allowed), or if the checkpoint has the authors' names.
+        ValueError: If a key is missing, unexpected or of another shape, or if the checkpoint has the authors' names.
+            Position embeddings on another grid are allowed.
     """
     if prefix and not prefix.endswith('.'):
         prefix += '.'
     if any(key.removeprefix('module.').startswith('block1.') for key in state_dict):
         raise ValueError(
-            f"{path} has the names of the authors' code: convert it by `python tools/convert_checkpoint.py {path} "
-            'converted.pth`'
+            f"{path} has the authors' names: convert it by `python tools/convert_checkpoint.py {path} converted.pth`"
         )
     found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     stages = {key.split('.')[1] for key in expected if key.startswith('stages.')}
@@ -173,7 +171,7 @@ def describe_backbone(state_dict):
         state_dict (dict[str, Tensor]): State dict with keys ``stages.*``.
 
     Returns:
-        str: Such as ``'depths 1, 2, widths 64, 128'``, or ``'no SOFT backbone'``.
+        str: A text such as ``'depths 1, 2, widths 64, 128'``, or ``'no SOFT backbone'``.
     """
     blocks = [re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', key) for key in state_dict]
     depths = {}

@@ -1,11 +1,11 @@
-"""The authors' state dicts and ours: one table of names, used in both directions."""
+"""Translation between the authors' state dicts and ours, with one table for both directions."""
 
 import math
 import re
 
 import torch
 
-# Our layers of a block, and the authors' layers that are stacked to form them.
+# Each of our layers of a block, and the authors' layers whose rows are stacked to form it.
 _SOFTMAX_FREE_BLOCK = {
     'attn.qv': ('att.mha.W_q', 'att.mha.W_v'),
     'attn.landmark': ('att.mha.attn.Qlandmark_op',),
@@ -25,7 +25,7 @@ _SOFTMAX_BLOCK = {
     'mlp.fc1': ('mlp.fc1',),
     'mlp.fc2': ('mlp.fc2',),
 }
-# The first of the authors' layers has 1 / this share of the rows of a stacked layer.
+# Number of equal parts in the rows of a stacked layer. The first of the authors' layers is one part.
 _FIRST_SHARE = {'attn.qv': 2, 'attn.qkv': 3}
 
 
@@ -37,14 +37,14 @@ def from_official(state_dict):
     """Rename the keys of the authors' state dict to ours.
 
     Args:
-        state_dict (dict[str, Tensor]): The authors' keys: ``pos_embed{1..4}``, ``block{1..4}.*``, ``head.*`` and so on.
-            The grids of the position embeddings are square.
+        state_dict (dict[str, Tensor]): State dict with the authors' keys: ``pos_embed{1..4}``, ``block{1..4}.*``,
+            ``head.*`` and so on. The grids of the position embeddings must be square.
 
     Returns:
-        dict[str, Tensor]: Our keys: ``backbone.*`` and ``head.fc.*``.
+        dict[str, Tensor]: State dict with our keys: ``backbone.*`` and ``head.fc.*``.
 
     Raises:
-        ValueError: If a key is unknown, a part of a stacked layer is missing, shapes cannot be stacked, or the grid of
+        ValueError: If a key is unknown, if a layer to stack is missing or its shape does not fit, or if the grid of
             position embeddings is not square.
     """
     out, pieces = {}, {}
@@ -55,7 +55,7 @@ def from_official(state_dict):
                 if match[3] in theirs:
                     name = f'backbone.stages.{stage}.blocks.{match[2]}.{layer}.{match[4]}'
                     pieces.setdefault(name, [None] * len(theirs))[theirs.index(match[3])] = value
-                    # Keeps the order of the authors' keys. The value is replaced below.
+                    # A placeholder, to keep the order of the authors' keys.
                     out[name] = value
                     break
             else:
@@ -71,7 +71,7 @@ def from_official(state_dict):
                 value = value[:, 1:]
             side = math.isqrt(value.shape[1])
             if side * side != value.shape[1]:
-                raise ValueError(f'{key!r} holds {value.shape[1]} positions: expected a square number')
+                raise ValueError(f'{key!r} holds {value.shape[1]} positions: expected a square grid')
             out[f'backbone.stages.{stage}.pos_embed'] = value.transpose(1, 2).reshape(1, -1, side, side)
         elif key == 'cls_token' or key.startswith('norm.'):
             out[f'backbone.stages.3.{key}'] = value
@@ -93,10 +93,10 @@ def to_official(state_dict):
     """Rename the keys of our state dict to the authors' keys, the inverse of :func:`from_official`.
 
     Args:
-        state_dict (dict[str, Tensor]): Our keys: ``backbone.*`` and ``head.fc.*``.
+        state_dict (dict[str, Tensor]): State dict with our keys: ``backbone.*`` and ``head.fc.*``.
 
     Returns:
-        dict[str, Tensor]: The authors' keys.
+        dict[str, Tensor]: State dict with the authors' keys.
 
     Raises:
         ValueError: If a key is unknown.

@@ -1,8 +1,8 @@
-"""Reading of checkpoint files and addresses. Nothing that a file holds is run.
+"""Safe reading of checkpoints from files and addresses. Code in a file is never run.
 
-Every file is read by ``torch.load(weights_only=True)``. A file of mmengine's runner holds more than tensors: log
-histories, settings, NumPy arrays. PyTorch builds an empty placeholder for each of these: placeholders are listed by
-name below, and added for any other name of mmengine. A file with any other object is refused.
+Every file is read by ``torch.load(weights_only=True)``. Checkpoints of mmengine's runner hold more than tensors: log
+histories, settings and NumPy arrays. Each of these objects is read as an empty placeholder. The classes to replace are
+``_PLACEHOLDERS`` and all classes of mmengine that the file names. A file with any other object is refused.
 """
 
 import argparse
@@ -23,30 +23,37 @@ import torch
 
 
 def is_address(source):
-    """Return whether a checkpoint is named by an address, such as ``'https://...'``, and not by a file."""
+    """Return whether the source of a checkpoint is an address instead of a file.
+
+    Args:
+        source (str | Path): File, or address such as ``'https://...'``.
+
+    Returns:
+        bool: True for an address of any scheme.
+    """
     return '://' in str(source)
 
 
 def local_file(source):
-    """Return the file of a checkpoint. A checkpoint at an address is downloaded first.
+    """Return the local file of a checkpoint, and download it first if necessary.
 
-    Downloads are kept in ``checkpoints`` of PyTorch's hub folder, one folder per address, and used again.
+    Downloads are cached in the folder ``checkpoints`` of PyTorch's hub folder, with one subfolder per address.
 
     Args:
         source (str | Path): File, or http or https address.
 
     Returns:
-        str: File.
+        str: Local file.
 
     Raises:
-        ValueError: If the address has another scheme, or cannot be downloaded.
+        ValueError: If the address has another scheme, or the download fails.
     """
     source = str(source)
     if not is_address(source):
         return source
     address = urlparse(source)
     if address.scheme not in ('http', 'https'):
-        raise ValueError(f'{source}: expected a file, or an http or https address; download the file, give its path')
+        raise ValueError(f'{source}: expected a file, or an http or https address; download the file and give its path')
     folder = Path(torch.hub.get_dir(), 'checkpoints', hashlib.sha256(source.encode()).hexdigest()[:16])
     name = Path(address.path).name
     file = folder / (name if name not in ('', '..') else 'checkpoint.pth')
@@ -55,7 +62,7 @@ def local_file(source):
         try:
             torch.hub.download_url_to_file(source, str(file), progress=sys.stderr.isatty())
         except (OSError, HTTPException, ValueError) as error:
-            raise ValueError(f'{source} cannot be downloaded: {error}') from None
+            raise ValueError(f'{source} cannot be downloaded: {error}; check the address and the network') from None
     return str(file)
 
 
@@ -70,19 +77,20 @@ def read_checkpoint(path):
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file is no checkpoint, is cut off, holds other objects, or if safetensors is not installed.
+        ValueError: If the file is not a checkpoint, is truncated or holds other objects, or if it needs safetensors,
+            which is not installed.
     """
     return _read(path, [argparse.Namespace])
 
 
 def load_weights(source):
-    """Read the checkpoint that a backbone or a model starts from.
+    """Read the checkpoint from which a backbone or a model starts.
 
     Args:
         source (str | Path): File of PyTorch, of mmengine's runner or of safetensors, or an http or https address.
 
     Returns:
-        dict: Content of the file. Objects that are neither tensors nor containers are empty placeholders.
+        dict: Content of the file. Objects other than tensors and containers are replaced by empty placeholders.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -94,16 +102,22 @@ def load_weights(source):
     except ValueError as error:
         if not is_address(source):
             raise
-        # A truncated download must not be used again.
+        # Otherwise the cache would return a damaged download again.
         Path(file).unlink(missing_ok=True)
-        raise ValueError(f'{source}: {error}. The download was removed') from None
+        raise ValueError(f'{source}: {error}. The download was removed; try again') from None
 
 
 def import_safetensors(path):
-    """Import and return the package ``safetensors``, which is needed to read or write ``path``.
+    """Import the package ``safetensors``.
+
+    Args:
+        path (str | Path): File to read or write with it, for the message.
+
+    Returns:
+        module: ``safetensors``.
 
     Raises:
-        ValueError: If it is not installed.
+        ValueError: If the package is not installed.
     """
     try:
         import safetensors.torch
@@ -125,19 +139,24 @@ def _read(path, safe_globals):
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, ValueError) as error:
-            raise ValueError(f'{path} cannot be read as safetensors, it may be cut off: {error}') from None
+            raise ValueError(
+                f'{path} cannot be read as safetensors, it may be cut off: {error}; copy it again'
+            ) from None
     if _is_script(path):
-        # PyTorch before 2.6 runs it in spite of weights_only.
-        raise ValueError(f'{path} is refused: it is a TorchScript or tar archive, which may run code when it is read')
+        # PyTorch before 2.6 runs the code of such archives even with weights_only.
+        raise ValueError(
+            f'{path} is refused: it is a TorchScript or tar archive, which may run code when it is read; give a file '
+            'that torch.save wrote, with a state dict'
+        )
     try:
         with _admit(safe_globals):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        # The bytes of other files raise exceptions of many types in the unpickler.
+        # For files of other formats, the unpickler raises exceptions of many types.
         if match := re.search(r'GLOBAL [\w.]+|unrecognized function', str(error), re.I):
             raise ValueError(
                 f'{path} is refused: it holds an object that may run code when it is read ({match[0]}). Allowed are '
-                f'tensors, containers, settings and log histories{_OLD_TORCH}'
+                f'tensors, containers, settings and log histories{_OLD_TORCH}. Give a file with the state dict alone'
             ) from None
         message = str(error).partition('WeightsUnpickler error:')[2] or str(error)
         reason = (message.strip() or type(error).__name__).splitlines()[0][:120]
@@ -163,11 +182,11 @@ _LOCK = threading.Lock()
 def _admit(classes):
     serialization = torch.serialization
     if not hasattr(serialization, 'add_safe_globals'):
-        # PyTorch before 2.4 reads tensors and containers only.
+        # PyTorch before 2.4 can read only tensors and containers safely.
         yield
         return
     with _LOCK:
-        # The user's list may hold the real classes of the placeholders, so it is set aside.
+        # The user's list may allow the real classes, which would take precedence over the placeholders.
         before = list(serialization.get_safe_globals())
         serialization.clear_safe_globals()
         serialization.add_safe_globals(classes)
@@ -179,7 +198,7 @@ def _admit(classes):
 
 
 class _Placeholder:
-    """Takes the place of an object that is not needed, and keeps nothing."""
+    """Empty replacement of an object that is not needed."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -192,21 +211,21 @@ class _Placeholder:
 
 
 def _placeholder(full_name, base=_Placeholder):
-    # A class with the name of another. PyTorch 2.4 admits classes by their own name, not by pairs of class and name.
+    # PyTorch 2.4 finds an allowed class by its own name only, so the placeholder takes the name of the original class.
     module, _, name = full_name.rpartition('.')
     return type(name, (base,), dict(__module__=module, __qualname__=name))
 
 
 class _Attribute(_Placeholder):
-    """Takes the place of ``getattr`` of a placeholder. mmengine pickles ``getattr(HistoryBuffer, 'mean')``."""
+    """Empty replacement of ``getattr`` on a placeholder. mmengine pickles ``getattr(HistoryBuffer, 'mean')``."""
 
     def __init__(self, owner, name):
-        # Attributes of real objects might lead to code.
+        # An attribute of a real object may be code.
         if not (isinstance(owner, type) and issubclass(owner, _Placeholder)) or name.startswith('__'):
             raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name}')
 
 
-# Pickles of protocol 2 say `__builtin__`, which PyTorch translates from 2.5 on.
+# Pickles of protocol 2 name the module `__builtin__`. PyTorch before 2.5 does not translate it to `builtins`.
 _PLACEHOLDERS = [
     *(_placeholder(f'{module}.getattr', _Attribute) for module in ('builtins', '__builtin__')),
     *(
@@ -232,14 +251,14 @@ _PLACEHOLDERS = [
 
 
 def _mmengine_placeholders(path):
-    """Return placeholders for all objects of mmengine in a file, where PyTorch can list them."""
+    """Return placeholders for all classes of mmengine in a file, if this version of PyTorch can list them."""
     list_globals = getattr(torch.serialization, 'get_unsafe_globals_in_checkpoint', None)
     if list_globals is None or not zipfile.is_zipfile(path):
         return []
     try:
         names = list_globals(path)
     except Exception:
-        # The file is damaged. Reading it reports how.
+        # The file is damaged, which _read reports with a better message.
         return []
     known = {f'{cls.__module__}.{cls.__qualname__}' for cls in _PLACEHOLDERS}
     return [_placeholder(name) for name in names if name.startswith('mmengine.') and name not in known]

@@ -1,4 +1,4 @@
-"""The SOFT backbone and its parts as modules. Imports torch and mmengine only."""
+"""The SOFT backbone and its attention modules. Imports torch and mmengine only."""
 
 from .attention import (
     GaussianKernelAttention,

@@ -1,15 +1,15 @@
-"""Architectures of SOFT, and checks of the arguments of the backbone. Each check returns the value in one form."""
+"""Architectures of SOFT, and checks of the backbone's arguments. Each ``parse_*`` function returns a canonical form."""
 
 from soft_mm.ops.checks import check_choice, check_integer, is_integer
 
 NUM_STAGES = 4
 MIN_SIDE = 32
 OUT_TYPES = ('featmap', 'cls_token')
-# Entries per key of an arch dict. Stage 4 has no local branch.
+# Number of entries per key of an arch dict. Stage 4 has no local branch, so it has no filters.
 _LENGTHS = dict(embed_dims=4, num_heads=4, depths=4, ratios=4, conv_sizes=3)
 _REQUIRED = ('embed_dims', 'num_heads', 'depths')
 
-#: The architectures of the papers, with ratios 8, 4, 2, 1 and filters of 9, 5, 3.
+#: The architectures of the papers. All have the ratios (8, 4, 2, 1) and the filter sizes (9, 5, 3).
 ARCH_ZOO = dict(
     tiny=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 2, 3, 2)),
     small=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 3, 7, 4)),
@@ -20,10 +20,10 @@ ARCH_ZOO = dict(
 
 
 def parse_arch(arch):
-    """Return an architecture as a dict of tuples, with the defaults of missing keys.
+    """Return an architecture as a dict of tuples, with defaults for missing keys.
 
     Args:
-        arch (str | dict): A key of :data:`ARCH_ZOO`, or a dict with its keys.
+        arch (str | dict): A key of :data:`ARCH_ZOO`, or a dict, see :class:`~soft_mm.models.SOFT`.
 
     Returns:
         dict[str, tuple[int, ...]]: ``embed_dims``, ``num_heads``, ``depths``, ``ratios``, ``conv_sizes``.
@@ -43,8 +43,8 @@ def parse_arch(arch):
     unknown = [key for key in arch if key not in _LENGTHS]
     if missing or unknown:
         raise ValueError(
-            f'arch dict: missing keys {missing}, unknown keys {unknown}; {list(_REQUIRED)} are required, '
-            "['ratios', 'conv_sizes'] are allowed"
+            f'arch dict: missing keys {missing}, unknown keys {unknown}; expected {list(_REQUIRED)} and optionally '
+            "['ratios', 'conv_sizes']"
         )
     arch = dict(dict(ratios=(8, 4, 2, 1), conv_sizes=(9, 5, 3)), **arch)
     for key, length in _LENGTHS.items():
@@ -58,11 +58,11 @@ def parse_arch(arch):
         if dims % heads:
             raise ValueError(
                 f'arch dict: embed_dims={arch["embed_dims"]}, num_heads={arch["num_heads"]}: expected each width to be '
-                f'a multiple of its heads, got {dims} and {heads}'
+                f'a multiple of its number of heads, but {dims} is no multiple of {heads}'
             )
     if arch['ratios'][-1] != 1:
         raise ValueError(
-            f'arch dict: ratios={arch["ratios"]}: expected 1 as the last, because stage 4 has no landmarks'
+            f'arch dict: ratios={arch["ratios"]}: expected 1 as the last entry, because stage 4 has no landmarks'
         )
     if any(size % 2 == 0 for size in arch['conv_sizes']):
         raise ValueError(f'arch dict: conv_sizes={arch["conv_sizes"]}: expected odd integers')
@@ -70,35 +70,46 @@ def parse_arch(arch):
 
 
 def parse_attention(attention):
-    """Return one attention config per stage with softmax-free blocks.
+    """Return the attention configs of stages 1 to 3.
 
     Args:
-        attention (dict | list[dict] | None): One config for stages 1 to 3, or three configs.
+        attention (dict | list[dict] | None): One config for all three stages, or a list of three. None is an empty
+            config.
+
+    Returns:
+        list[dict]: Three configs.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If ``attention`` has another form.
     """
     attention = {} if attention is None else attention
     if not isinstance(attention, (list, tuple)):
         attention = [attention] * (NUM_STAGES - 1)
     if len(attention) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in attention):
-        raise ValueError(f'attention={attention!r}: expected a dict, or a list of three dicts for stages 1 to 3')
+        raise ValueError(f'attention={attention!r}: expected None, a dict, or a list of three dicts for stages 1 to 3')
     return attention
 
 
 def parse_outputs(out_indices, out_type):
-    """Return ``out_indices`` as a tuple, and ``out_type``.
+    """Check ``out_indices`` and ``out_type``.
+
+    Args:
+        out_indices (int | Sequence[int]): Stages, counted from 0.
+        out_type (str): One of :data:`OUT_TYPES`.
+
+    Returns:
+        tuple[tuple[int, ...], str]: ``out_indices`` as a tuple, and ``out_type``.
 
     Raises:
-        ValueError: If a stage does not exist, the stages are not in rising order, ``out_type`` is unknown, or the class
-            token is requested without stage 4.
+        ValueError: If a stage does not exist, the stages are not in ascending order, ``out_type`` is unknown, or the
+            class token is requested without the last stage.
     """
     check_choice('out_type', out_type, OUT_TYPES)
     given = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else (out_indices,)
     valid = all(is_integer(index, 0) and index < NUM_STAGES for index in given)
     if not given or not valid or list(given) != sorted(set(given)):
         raise ValueError(
-            f'out_indices={out_indices!r}: expected stages from 0 to {NUM_STAGES - 1}, each once, in rising order'
+            f'out_indices={out_indices!r}: expected stages from 0 to {NUM_STAGES - 1}, each once, in ascending order'
         )
     if out_type == 'cls_token' and given[-1] != NUM_STAGES - 1:
         raise ValueError(
@@ -110,8 +121,14 @@ def parse_outputs(out_indices, out_type):
 def parse_img_size(img_size):
     """Return an image size as ``(height, width)``.
 
+    Args:
+        img_size (int | tuple[int, int]): Side of a square, or height and width, in pixels.
+
+    Returns:
+        tuple[int, int]: Height and width.
+
     Raises:
-        ValueError: If it is not one or two integers of at least 32.
+        ValueError: If it is not one or two integers >= 32.
     """
     sides = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
     if len(sides) != 2 or not all(is_integer(side, MIN_SIDE) for side in sides):
@@ -122,11 +139,15 @@ def parse_img_size(img_size):
 def check_frozen_stages(frozen_stages, num_stages):
     """Check that ``frozen_stages`` is an integer from -1 to the number of stages.
 
+    Args:
+        frozen_stages (int): Value to check.
+        num_stages (int): Number of stages that are built.
+
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not an integer in this range.
     """
     if not is_integer(frozen_stages, -1) or frozen_stages > num_stages:
         raise ValueError(
-            f'frozen_stages={frozen_stages!r}: expected -1 (nothing), 0 (patch embedding of stage 1), or the number of '
+            f'frozen_stages={frozen_stages!r}: expected -1 (nothing), 0 (embeddings of stage 1), or the number of '
             f'stages to freeze, at most {num_stages} with these out_indices'
         )

@@ -10,15 +10,19 @@ from soft_mm.ops.kernel import is_compiling
 
 from .attention import build_attention
 
-# Entries of the hidden layer of an MLP in one chunk. On a CPU they should fit in the cache.
+# Entries of the hidden layer of an MLP per chunk. On a CPU, a chunk should fit in the cache.
 _CHUNK_ENTRIES = {'cpu': 2**20}
 _ACCELERATOR_ENTRIES = 2**26
 
 
 def reset_parameters(module):
-    """Initialise as the authors do: linear layers and embeddings from a truncated normal with deviation 0.02.
+    """Initialise a model as the authors do.
 
-    Biases of linear layers become 0. All other layers keep PyTorch's initialisation.
+    Weights of linear layers, position embeddings and the class token are drawn from a truncated normal distribution
+    with standard deviation 0.02. Biases of linear layers are 0. All other layers keep PyTorch's initialisation.
+
+    Args:
+        module (nn.Module): Model, changed in place.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -31,10 +35,10 @@ def reset_parameters(module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop the residual branch of an image and rescale the other branches (arXiv:1603.09382).
+    """Stochastic depth (arXiv:1603.09382): drop the residual branch of random images, and rescale the others.
 
     Args:
-        drop_prob (float): Probability to drop the branch of an image in training.
+        drop_prob (float): Probability of dropping the branch of an image in training.
     """
 
     def __init__(self, drop_prob):
@@ -42,6 +46,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x):
+        """Apply stochastic depth to a branch ``(B, ...)``."""
         if not self.training or self.drop_prob == 0:
             return x
         keep = 1 - self.drop_prob
@@ -52,15 +57,15 @@ class DropPath(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Two linear layers with a GELU between them. The hidden layer has ``4 C`` channels.
+    """Two linear layers with a GELU between them, and ``4 C`` hidden channels.
 
-    Processes tokens in chunks, so the 4C-wide hidden layer is never held whole. In training, the backward pass computes
-    the GELU again instead of keeping its output.
+    Processes tokens in chunks, so the 4C-wide hidden layer is never held whole. In training, the output of the GELU is
+    not saved, but recomputed in the backward pass.
 
     Args:
         embed_dims (int): Channels ``C``.
-        approximate (str): GELU form: ``'tanh'`` in stages 1 to 3, ``'none'`` in stage 4.
-        drop_rate (float): Dropout after each linear layer. Defaults to 0.
+        approximate (str): Form of the GELU: ``'tanh'`` in stages 1 to 3, ``'none'`` in stage 4.
+        drop_rate (float): Dropout rate after each linear layer. Defaults to 0.
     """
 
     def __init__(self, embed_dims, approximate, drop_rate=0.0):
@@ -73,7 +78,7 @@ class MLP(nn.Sequential):
 
     def forward(self, x):
         """Apply the MLP to tokens ``(B, n, C)``."""
-        # A compiler plans its memory itself.
+        # torch.compile would unroll the loop, and it plans its memory itself.
         if is_compiling():
             return self.after_fc1(self.fc1(x))
         recompute = self.training and torch.is_grad_enabled()
@@ -82,7 +87,7 @@ class MLP(nn.Sequential):
         for chunk in x.flatten(0, -2).split(max(entries // (4 * x.shape[-1]), 1)):
             hidden = self.fc1(chunk)
             if recompute:
-                # Without dropout there is no random state to save. A CUDA graph could not capture saving it.
+                # The random state matters to dropout only, and saving it would prevent the capture of a CUDA graph.
                 keep = self.drop1.p > 0
                 outputs.append(checkpoint(self.after_fc1, hidden, use_reentrant=False, preserve_rng_state=keep))
             else:
@@ -99,12 +104,13 @@ class SoftmaxFreeBlock(BaseModule):
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads.
+        num_heads (int): Number of heads.
         ratio (int): Side of the patch of a landmark.
         conv_size (int): Side of the filters of the local branch.
         attention (dict): Config of the attention, see :func:`~soft_mm.models.attention.build_attention`.
-        drop_path (float): Stochastic depth of both branches. Defaults to 0.
-        grid (tuple[int, ...] | None): Learned grid of the attention, see there. Defaults to None.
+        drop_path (float): Rate of stochastic depth in both branches. Defaults to 0.
+        grid (tuple[int, ...] | None): Default grid for attentions that learn a projection of the tokens, see
+            :func:`~soft_mm.models.attention.build_attention`. Defaults to None.
     """
 
     def __init__(self, embed_dims, num_heads, ratio, conv_size, attention, drop_path=0.0, grid=None):
@@ -116,18 +122,18 @@ class SoftmaxFreeBlock(BaseModule):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, grid):
-        """Apply the block to tokens ``(B, H * W, C)`` on ``grid = (H, W)``."""
+        """Apply the block to tokens ``(B, H * W, C)`` on ``grid = (H, W)``, or ``(B, n, C)`` on ``(n,)``."""
         x = self.norm1(x + self.drop_path(self.attn(x, grid)))
         return self.norm2(x + self.drop_path(self.mlp(x)))
 
 
 class MultiheadAttention(BaseModule):
-    """Softmax attention of stage 4 with PyTorch's fused kernel. It has no grid, because of the class token.
+    """Softmax attention of stage 4 with PyTorch's fused kernel. With the class token, the tokens form no grid.
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads, a divisor of ``embed_dims``.
-        drop_rate (float): Dropout of the output. Defaults to 0.
+        num_heads (int): Number of heads, a divisor of ``embed_dims``.
+        drop_rate (float): Dropout rate of the output. Defaults to 0.
     """
 
     def __init__(self, embed_dims, num_heads, drop_rate=0.0):
@@ -150,9 +156,9 @@ class SoftmaxBlock(BaseModule):
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads.
-        drop_rate (float): Dropout of projection and MLP. Defaults to 0.
-        drop_path (float): Stochastic depth of both branches. Defaults to 0.
+        num_heads (int): Number of heads.
+        drop_rate (float): Dropout rate of the output projection and the MLP. Defaults to 0.
+        drop_path (float): Rate of stochastic depth in both branches. Defaults to 0.
     """
 
     def __init__(self, embed_dims, num_heads, drop_rate=0.0, drop_path=0.0):
@@ -164,6 +170,6 @@ class SoftmaxBlock(BaseModule):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, grid):
-        """Apply the block to tokens ``(B, 1 + H * W, C)``, class token first. ``grid`` is not used."""
+        """Apply the block to tokens ``(B, 1 + H * W, C)``, class token first. ``grid`` is ignored."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))

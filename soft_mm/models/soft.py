@@ -44,12 +44,15 @@ _PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 class PatchEmbed(nn.Sequential):
-    """Patch embedding: 3x3 convolutions, each with BatchNorm and ReLU, from map ``(B, C_in, H, W)`` to map.
+    """Patch embedding: 3x3 convolutions, each followed by BatchNorm and ReLU.
+
+    Maps ``(B, in_channels, H, W)`` to ``(B, embed_dims, H / s, W / s)``, rounded up, with ``s`` the total stride.
 
     Args:
         in_channels (int): Channels of the input map.
         embed_dims (int): Channels of the output map.
-        stem (bool): True for stage 1: three convolutions with strides 2, 1, 2. False: one convolution with stride 2.
+        stem (bool): Whether this is the stem (stage 1) with three convolutions of strides 2, 1, 2. Otherwise there is
+            one convolution of stride 2.
     """
 
     def __init__(self, in_channels, embed_dims, stem):
@@ -70,10 +73,10 @@ def resize_pos_embed(pos_embed, grid):
 
     Args:
         pos_embed (Tensor): ``(1, C, h, w)``.
-        grid (tuple[int, int]): ``(H, W)``.
+        grid (tuple[int, int]): New grid ``(H, W)``.
 
     Returns:
-        Tensor: ``(1, C, H, W)`` in the dtype of ``pos_embed``.
+        Tensor: ``(1, C, H, W)`` in the dtype of ``pos_embed``. If the grid is the same, ``pos_embed`` itself.
     """
     if tuple(pos_embed.shape[-2:]) == tuple(grid):
         return pos_embed
@@ -82,17 +85,17 @@ def resize_pos_embed(pos_embed, grid):
 
 
 class SOFTStage(BaseModule):
-    """One stage: patch embedding, position embeddings, blocks.
+    """One stage: patch embedding, position embeddings and blocks.
 
     Args:
         in_channels (int): Channels of the input map.
         embed_dims (int): Channels ``C`` of the stage.
         grid (tuple[int, int]): Grid of the learned position embeddings.
-        blocks (list[nn.Module]): Called as ``block(tokens, grid)``.
+        blocks (list[nn.Module]): Blocks, called as ``block(tokens, grid)``.
         stem (bool): Whether this is stage 1.
         class_token (bool): Whether the stage has a class token and a final LayerNorm, as stage 4 has.
-        drop_rate (float): Dropout after the position embeddings.
-        with_cp (bool): Recompute the blocks in the backward pass.
+        drop_rate (float): Dropout rate after the position embeddings.
+        with_cp (bool): Whether to recompute the blocks in the backward pass.
     """
 
     def __init__(self, in_channels, embed_dims, grid, blocks, stem, class_token, drop_rate, with_cp):
@@ -118,13 +121,16 @@ class SOFTStage(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x):
-        """Apply the stage to a map ``(B, C_in, H, W)``.
+        """Apply the stage.
+
+        Args:
+            x (Tensor): Map ``(B, C_in, H, W)``.
 
         Returns:
-            tuple[Tensor, tuple[int, int]]: Tokens ``(B, n, C)`` after the last block, with the class token first if
-            there is one, and their grid.
+            tuple[Tensor, tuple[int, int]]: Tokens after the last block, and their grid ``(H', W')``. The tokens are
+            ``(B, H' * W', C)``, or ``(B, 1 + H' * W', C)`` with the class token first.
         """
-        # With channels last, a map and its tokens have the same memory layout, so nothing is copied.
+        # In channels-last format, a map and its tokens have the same memory layout, so no copy is needed.
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         grid = tuple(x.shape[-2:])
         x = x.permute(0, 2, 3, 1).flatten(1, 2) + resize_pos_embed(self.pos_embed, grid).flatten(2).transpose(1, 2)
@@ -149,36 +155,36 @@ class SOFT(BaseModule):
 
     Args:
         arch (str | dict): ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, ``'huge'``, or a dict. A dict needs
-            ``embed_dims``, ``num_heads`` and ``depths`` (four integers each). It may have ``ratios`` (four integers,
-            side of the patch of a landmark, default ``(8, 4, 2, 1)``; the last must be 1, because stage 4 has no
-            landmarks) and ``conv_sizes`` (three odd integers, side of the filters of the local branch, default
-            ``(9, 5, 3)``). Defaults to ``'tiny'``.
-        attention (dict | list[dict] | None): Attention of stages 1 to 3: one dict for all, or a list of three. Keys
-            that are left out take their default, see :class:`SoftmaxFreeAttention`. Defaults to None:
+            ``embed_dims``, ``num_heads`` and ``depths`` with four integers each. It may have ``ratios``, the side of
+            the patch of a landmark, with four integers (default ``(8, 4, 2, 1)``), and ``conv_sizes``, the side of the
+            filters of the local branch, with three odd integers (default ``(9, 5, 3)``). The last ratio must be 1,
+            because stage 4 has no landmarks. Defaults to ``'tiny'``.
+        attention (dict | list[dict] | None): Attention of stages 1 to 3: one dict for all, or a list of three. Missing
+            keys take their defaults, see :class:`SoftmaxFreeAttention`. Defaults to None:
             ``dict(type='SoftmaxFreeAttention')``.
-        out_indices (Sequence[int]): Stages whose outputs are returned, from 0 to 3. Stages after the last one are not
-            built. Defaults to ``(0, 1, 2, 3)``.
+        out_indices (int | Sequence[int]): Stages whose outputs are returned, counted from 0. Stages after the last one
+            are not built. Defaults to ``(0, 1, 2, 3)``.
         out_type (str): ``'featmap'``: all outputs are maps. ``'cls_token'``: the last output is the class token, which
             needs stage 3 in ``out_indices``. Defaults to ``'featmap'``.
         in_channels (int): Channels of the image. Defaults to 3.
-        img_size (int | tuple[int, int]): Image size (height, width) in pixels for which position embeddings are
-            learned. They are resized in the forward for other sizes, and at loading for checkpoints with another
-            size. Defaults to 224.
-        drop_rate (float): Dropout after the position embeddings, and in the projections and MLPs of stage 4.
-            Defaults to 0.
-        drop_path_rate (float): Stochastic depth. It rises linearly from 0 in the first block to this rate in the last
+        img_size (int | tuple[int, int]): Image size in pixels, or (height, width), for which position embeddings are
+            learned. The forward pass resizes them for images of another size. Loading a checkpoint resizes its position
+            embeddings to this size. Defaults to 224.
+        drop_rate (float): Dropout rate after the position embeddings, and in the output projections and MLPs of
+            stage 4. Defaults to 0.
+        drop_path_rate (float): Rate of stochastic depth in the last block. It increases linearly from 0 in the first
             block. Defaults to 0.
         frozen_stages (int): -1 freezes nothing. 0 freezes the patch embedding and the position embeddings of stage 1.
-            ``k`` from 1 to 4 freezes the first ``k`` stages. Frozen parts get no gradient and stay in evaluation mode.
-            Defaults to -1.
-        norm_eval (bool): Keep every BatchNorm in evaluation mode in training. Defaults to False.
-        with_cp (bool): Recompute the blocks in the backward pass to save memory. Defaults to False.
-        init_cfg (dict | list[dict] | None): See mmengine's ``BaseModule``. With ``type='Pretrained'`` every parameter
-            must be in the checkpoint with its shape. Without it, weights are initialised as the authors do. Defaults to
-            None.
+            ``k`` from 1 to 4 freezes the first ``k`` stages. Frozen modules get no gradient and stay in evaluation
+            mode. Defaults to -1.
+        norm_eval (bool): Whether to keep every BatchNorm in evaluation mode during training. Defaults to False.
+        with_cp (bool): Whether to recompute the blocks in the backward pass to save memory. Defaults to False.
+        init_cfg (dict | list[dict] | None): See mmengine's ``BaseModule``. With ``type='Pretrained'``, the checkpoint
+            must have every parameter in the expected shape, except for the grid of the position embeddings. Defaults to
+            None: the authors' initialisation.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If an argument is out of its range.
         TypeError: If a keyword is unknown.
 
     Example:
@@ -209,7 +215,7 @@ class SOFT(BaseModule):
     ):
         if unknown:
             allowed = [name for name in inspect.signature(SOFT).parameters if name != 'unknown']
-            raise TypeError(f'SOFT has no keywords {sorted(unknown)}; allowed are {allowed}')
+            raise TypeError(f'SOFT does not take the keywords {sorted(unknown)}; allowed are {allowed}')
         super().__init__(init_cfg)
         self.arch = parse_arch(arch)
         attentions = parse_attention(attention)
@@ -252,13 +258,13 @@ class SOFT(BaseModule):
         self._freeze_stages()
 
     def init_weights(self):
-        """Load the checkpoint of ``init_cfg``, or let mmengine initialise the weights.
+        """Load the checkpoint of ``init_cfg``, or call mmengine's initialisation if there is none.
 
-        Unlike mmengine's loader, this one refuses a checkpoint that does not fit.
+        Unlike mmengine, this method refuses a checkpoint that does not fit.
 
         Raises:
             FileNotFoundError: If the checkpoint file does not exist.
-            ValueError: If ``init_cfg`` names no checkpoint, or the checkpoint does not fit.
+            ValueError: If ``init_cfg`` is malformed, or the checkpoint does not fit or cannot be read.
         """
         cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]
         if not all(isinstance(cfg, dict) for cfg in cfgs):
@@ -270,7 +276,7 @@ class SOFT(BaseModule):
         if not pretrained:
             super().init_weights()
             return
-        # The checkpoint sets every parameter, so other initialisers have no effect.
+        # The checkpoint sets every parameter, so the other initialisers of a list would have no effect.
         path, prefix = pretrained[-1].get('checkpoint'), pretrained[-1].get('prefix') or ''
         if not isinstance(path, str):
             raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected the key checkpoint with a file or an address')
@@ -299,7 +305,14 @@ class SOFT(BaseModule):
             module.requires_grad_(False)
 
     def train(self, mode=True):
-        """Set training mode, except for frozen stages and, with ``norm_eval``, every BatchNorm."""
+        """Set training or evaluation mode. Frozen stages and, with ``norm_eval``, every BatchNorm stay in evaluation.
+
+        Args:
+            mode (bool): Whether to set training mode. Defaults to True.
+
+        Returns:
+            SOFT: The backbone itself.
+        """
         super().train(mode)
         if mode:
             self._freeze_stages()
@@ -313,18 +326,22 @@ class SOFT(BaseModule):
         """Compute the outputs of the stages of ``out_indices``.
 
         Args:
-            x (Tensor): Images ``(B, in_channels, H, W)``. Both sides are at least 32. They need not be multiples of 32.
+            x (Tensor): Images ``(B, in_channels, H, W)`` with ``H >= 32`` and ``W >= 32``. The sides need not be
+                multiples of 32.
 
         Returns:
-            tuple[Tensor, ...]: One per stage of ``out_indices``: maps ``(B, C, ceil(H / s), ceil(W / s))`` with ``s`` =
-            4, 8, 16, 32. The map of stage 4 is taken after the final LayerNorm, without the class token. With
-            ``out_type='cls_token'`` the last output is the class token ``(B, C4)`` after the final LayerNorm.
+            tuple[Tensor, ...]: One output per stage of ``out_indices``: a map ``(B, C, ceil(H / s), ceil(W / s))`` with
+            stride ``s`` = 4, 8, 16 or 32. The map of stage 4 is taken after the final LayerNorm, without the class
+            token. With ``out_type='cls_token'``, the last output is the class token ``(B, C4)`` after that LayerNorm.
 
         Raises:
-            ValueError: If the number of dimensions or channels is wrong, or a side is shorter than 32.
+            ValueError: If the number of dimensions or channels is wrong, or a side is shorter than 32 pixels.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, H, W)')
+            raise ValueError(
+                f'input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, H, W); for another number of '
+                'channels, set in_channels'
+            )
         if min(x.shape[-2:]) < MIN_SIDE:
             raise ValueError(
                 f'input of {x.shape[-2]}x{x.shape[-1]} pixels: expected both sides >= {MIN_SIDE}; '
@@ -346,17 +363,18 @@ class SOFT(BaseModule):
         return tuple(outputs)
 
     def get_layer_depth(self, param_name, prefix=''):
-        """Return the depth of a parameter for layer-wise learning rate decay.
+        """Return the depth of a parameter, for layer-wise learning rate decay.
 
-        mmpretrain's ``LearningRateDecayOptimWrapperConstructor`` calls it.
+        mmpretrain's ``LearningRateDecayOptimWrapperConstructor`` calls this method.
 
         Args:
             param_name (str): Name of the parameter in the whole model.
             prefix (str): Prefix of the backbone's parameters, such as ``'backbone.'``.
 
         Returns:
-            tuple[int, int]: Depth and number of depths (blocks + 2). The stem has depth 0, a parameter of the ``k``-th
-            block or of the embeddings before it has depth ``k``, all other parameters have the largest depth.
+            tuple[int, int]: Depth, and number of depths, which is the number of blocks + 2. The embeddings of stage 1
+            have depth 0. The ``k``-th block, and the embeddings of a later stage directly before it, have depth ``k``.
+            All other parameters have the largest depth.
         """
         depths = self.arch['depths'][: len(self.stages)]
         num_layers = sum(depths) + 2

@@ -1,6 +1,6 @@
 """The attention mathematics as pure functions on tensors. Imports torch and nothing else.
 
-:mod:`soft_mm.ops.reference` has every formula of SOFT written plainly. The tests compare the fast forms with it.
+:mod:`soft_mm.ops.reference` implements every formula of SOFT plainly. The tests compare the fast functions with it.
 """
 
 from .attention import local_branch, middle_matrix, normalized_softmax_free_attention, softmax_free_attention

@@ -12,7 +12,7 @@ _DEFAULTS = dict(newton_iterations=20, newton_backward='one_step', ridge=0.01)
 
 
 def check_solver(solver, normalized=False, **options):
-    """Check the options of the inverse. An option that has no effect in the chosen form must keep its default.
+    """Check the options of the inverse. Options without effect on the chosen solver must keep their defaults.
 
     Args:
         solver (str): ``'newton'``, ``'cholesky'`` or ``'svd'``.
@@ -20,7 +20,7 @@ def check_solver(solver, normalized=False, **options):
         **options: ``newton_iterations``, ``newton_backward`` and ``ridge``, see :func:`softmax_free_attention`.
 
     Raises:
-        ValueError: If an option is out of its range, or has no effect and is not its default.
+        ValueError: If an option is out of its range, or has no effect and differs from its default.
     """
     check_choice('solver', solver, SOLVERS)
     options = {**_DEFAULTS, **options}
@@ -41,7 +41,7 @@ def check_solver(solver, normalized=False, **options):
 
 
 def _kernel_and_ridge_matrix(landmarks, ridge):
-    """Return ``A`` and ``A + ridge * I``. The second is positive definite in its dtype."""
+    """Return ``A`` and ``A + ridge * I``. The latter is positive definite even after rounding."""
     landmarks = landmarks.to(compute_dtype(landmarks))
     # Centring does not change distances, and it reduces their rounding errors.
     landmarks = landmarks - landmarks.mean(-2, keepdim=True)
@@ -71,14 +71,15 @@ def middle_matrix(
         landmarks (Tensor): ``(B, h, m, d)``.
         normalized (bool): Normalise as SOFT++ does. Defaults to False.
         solver (str): See :func:`softmax_free_attention` and :func:`normalized_softmax_free_attention`.
-        newton_iterations (int): See there.
-        newton_backward (str): See there.
-        ridge (float): See there.
-        degree_scale (float): Factor of the degrees. Without ``normalized`` it is not used. Defaults to 1.
+        newton_iterations (int): Number of iterations of ``'newton'``. Defaults to 20.
+        newton_backward (str): See :func:`~soft_mm.ops.newton_inverse`. Defaults to ``'one_step'``.
+        ridge (float): Added to the diagonal of ``A``, by ``'cholesky'`` and plain ``'newton'`` only. Defaults to 0.01.
+        degree_scale (float): Factor of the degrees, used with ``normalized`` only. Defaults to 1.
 
     Returns:
-        tuple[Tensor, bool]: ``(B, h, m, m)`` in float32 or wider, and whether it is the inverse of ``M`` instead of
-        ``M`` (for ``'cholesky'``). Both are arguments of :func:`~soft_mm.ops.blockwise_attention`.
+        tuple[Tensor, bool]: A matrix ``(B, h, m, m)`` in float32 or wider, and the flag ``inverted``: False if the
+        matrix is ``M``, True if it is the inverse of ``M`` (with ``'cholesky'``). Pass both to
+        :func:`~soft_mm.ops.blockwise_attention`.
 
     Raises:
         ValueError: See :func:`check_solver`.
@@ -113,13 +114,13 @@ def softmax_free_attention(
             of ``A + ridge * I``. ``'svd'``: the exact pseudo-inverse of ``A``, slow. Defaults to ``'newton'``.
         newton_iterations (int): See :func:`~soft_mm.ops.newton_inverse`. Defaults to 20.
         newton_backward (str): See :func:`~soft_mm.ops.newton_inverse`. Defaults to ``'one_step'``.
-        ridge (float): Added to the diagonal of ``A``. Defaults to 0.01.
+        ridge (float): Added to the diagonal of ``A`` by ``'newton'`` and ``'cholesky'``. Defaults to 0.01.
 
     Returns:
         Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider.
 
     Raises:
-        ValueError: If an option is out of its range, or has no effect with this solver and is not its default.
+        ValueError: If an option is out of its range, or has no effect with this solver and differs from its default.
     """
     options = dict(newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge)
     return blockwise_attention(q, landmarks, v, *middle_matrix(landmarks, False, solver, **options))
@@ -141,14 +142,14 @@ def normalized_softmax_free_attention(
             exact pseudo-inverse of ``A``, slow. Defaults to ``'newton'``.
         newton_iterations (int): Number of iterations of ``'newton'``. Defaults to 20.
         ridge (float): Added to the diagonal of ``A`` by ``'cholesky'``. Defaults to 0.01.
-        degree_scale (float): Factor of ``D``: the number of landmarks that each given one was pooled from. Defaults to
-            1.
+        degree_scale (float): Factor of ``D``: the number of landmarks that were averaged to form each given landmark.
+            Defaults to 1.
 
     Returns:
         Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider.
 
     Raises:
-        ValueError: If an option is out of its range, or has no effect with this solver and is not its default.
+        ValueError: If an option is out of its range, or has no effect with this solver and differs from its default.
     """
     options = dict(newton_iterations=newton_iterations, ridge=ridge)
     matrix = middle_matrix(landmarks, True, solver, degree_scale=degree_scale, **options)
@@ -156,7 +157,7 @@ def normalized_softmax_free_attention(
 
 
 def local_branch(v, grid, weight):
-    """Convolve the values depthwise. The channels of a head share one filter (the authors' code).
+    """Convolve the values depthwise with one filter per head, as the authors' code does.
 
     Args:
         v (Tensor): Values as tokens ``(B, n, C)``. The channels of a head are adjacent.

@@ -1,8 +1,8 @@
 """Attentions that the papers compare with SOFT, as functions of projected queries, keys and values.
 
-All take ``(B, h, n, d)`` and approximate ``softmax(q k^T / sqrt(d)) v``. :func:`gaussian_attention` is the exception:
-it is the kernel of SOFT without its decomposition. Softmax products use PyTorch's fused attention, which holds nothing
-of size ``n x n`` or ``n x m``.
+All take ``(B, h, n, d)`` and approximate ``softmax(q k^T / sqrt(d)) v``, except :func:`gaussian_attention`, which is
+SOFT's kernel without decomposition. Softmax products use PyTorch's fused attention, which holds nothing of size
+``n x n`` or ``n x m``.
 """
 
 import math
@@ -32,9 +32,9 @@ def linformer_attention(q, k, v, key_weight, value_weight):
 
 
 def resize_sequence_projection(weight, grid):
-    """Resize a projection of the tokens of one grid to another grid, bilinearly and with antialiasing.
+    """Resize a projection of tokens to another grid, bilinearly and with antialiasing.
 
-    The result is multiplied by the ratio of the token counts, so a row that computes a mean still computes one.
+    The result is multiplied by the ratio of the token counts. A row that averages the tokens then still averages them.
 
     Args:
         weight (Tensor): ``(p, H, W)`` on the learned grid.
@@ -66,7 +66,7 @@ def orthogonal_features(num_features, dims, generator=None, device=None):
     options = dict(generator=generator, device=device)
     groups = -(-num_features // dims)
     basis, upper = torch.linalg.qr(torch.randn(groups, dims, dims, **options))
-    # The signs of a QR with a positive diagonal make the directions uniform on the sphere.
+    # The directions are uniform on the sphere only if the diagonal of R is positive, so its signs are moved into Q.
     basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     basis = basis.flatten(0, 1)[:num_features]
     lengths = torch.randn(num_features, dims, **options).norm(dim=1, keepdim=True)
@@ -82,7 +82,7 @@ def performer_attention(q, k, v, features, eps=1e-6):
         k (Tensor): Keys ``(B, h, n, d)``.
         v (Tensor): Values ``(B, h, n, d)``.
         features (Tensor): ``(m, d)``, see :func:`orthogonal_features`.
-        eps (float): Added to the features, so that no query has weight 0 for every key. Defaults to 1e-6.
+        eps (float): Added to the features, so that the sum of the weights of a query is never 0. Defaults to 1e-6.
 
     Returns:
         Tensor: ``(B, h, n, d)`` in the dtype of ``v``, computed in float32 or wider.
@@ -136,7 +136,7 @@ def nystrom_attention(q, k, v, query_landmarks, key_landmarks, iterations=6):
         v (Tensor): Values ``(B, h, n, d)``.
         query_landmarks (Tensor): ``(B, h, m, d)``.
         key_landmarks (Tensor): ``(B, h, m, d)``.
-        iterations (int): Of :func:`iterative_pinv`. Defaults to 6.
+        iterations (int): Iterations of :func:`iterative_pinv`. Defaults to 6.
 
     Returns:
         Tensor: ``(B, h, n, d)``.
@@ -165,7 +165,7 @@ def gaussian_attention(q, v):
         v (Tensor): Values ``(B, h, n, d)``.
 
     Returns:
-        Tensor: ``(B, h, n, d)``. It holds ``n x n`` numbers per head.
+        Tensor: ``(B, h, n, d)``. The computation holds ``n x n`` numbers per head.
     """
     kernel = gaussian_kernel(q, q)
     return (kernel @ v.to(kernel.dtype)).to(v.dtype)

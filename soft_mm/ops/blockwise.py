@@ -1,4 +1,4 @@
-"""``P M (P^T v)`` in chunks of tokens, forward and backward. ``P = g(q, l)`` is never held whole."""
+"""The product ``P M (P^T v)`` in chunks of tokens, forward and backward. ``P = g(q, l)`` is never held whole."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def chunk_slices(q, landmarks):
         landmarks (Tensor): ``(B, h, m, d)``.
 
     Returns:
-        list[slice]: Slices of the ``n`` tokens. The size of a chunk depends on the device type.
+        list[slice]: Slices of the ``n`` tokens. The chunk size depends on the device type.
     """
     tokens, entries = q.shape[-2], q.shape[:-1].numel() * landmarks.shape[-2]
     count = min(-(-entries // _CHUNK_ENTRIES.get(q.device.type, _ACCELERATOR_ENTRIES)), tokens)
@@ -106,7 +106,7 @@ def _backward_shapes(grad, q, landmarks, v, matrix, gathered, weights, inverted)
 
 
 def _compiled(function, shapes):
-    """Wrap ``function`` as a custom operator for ``torch.compile``, which would otherwise unroll its loops."""
+    """Wrap ``function`` as a custom operator, because ``torch.compile`` would otherwise unroll its loops."""
     # PyTorch before 2.4 has no `custom_op`.
     if not hasattr(torch.library, 'custom_op'):
         return function
@@ -120,11 +120,12 @@ _BACKWARD = _compiled(_backward, _backward_shapes)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """``P M (P^T v)``, where ``M`` is given or is the inverse of a given matrix.
+    """The product ``P M (P^T v)``, where ``M`` is given or is the inverse of a given matrix.
 
-    The backward pass computes ``P`` again, one chunk at a time. Its memory is that of its inputs and one chunk. With
-    ``G = P^T v``, ``W = M G`` and the incoming gradient ``dO``: ``dW = P^T dO``, ``dG = M^T dW``,
-    ``dP = dO W^T + v dG^T``. With ``dE = dP * P`` the gradients of the tokens follow as for a squared distance.
+    The backward pass recomputes ``P``, one chunk at a time, so it holds its inputs, its outputs and one chunk. With
+    ``G = P^T v``, ``W = M G`` and the incoming gradient ``dO``: ``dW = P^T dO``, ``dG = M^T dW`` and
+    ``dP = dO W^T + v dG^T``. The exponents ``E_ij = -||q_i - l_j||^2 / 2`` have the gradient ``dE = dP * P``, so
+    ``dq_i = sum_j dE_ij (l_j - q_i)`` and ``dl_j = sum_i dE_ij (q_i - l_j)``.
     """
 
     @staticmethod
@@ -145,20 +146,22 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 @without_autocast
 def blockwise_attention(q, landmarks, v, matrix, inverted=False):
-    """Compute ``P M (P^T v)`` with ``P = g(q, l)``. Its memory grows with ``n d + m^2``, not with ``n m``.
+    """Compute ``P M (P^T v)`` with ``P = g(q, l)``. The memory grows with ``n d + m^2``, not with ``n m``.
 
-    The products are taken from the right, ``n m d`` multiply-adds each (SOFT, section 3.2).
+    The product is evaluated from right to left, so a product with ``P`` takes ``n m d`` multiply-adds (SOFT, section
+    3.2).
 
     Args:
         q (Tensor): Scaled queries ``(B, h, n, d)``.
         landmarks (Tensor): ``(B, h, m, d)``.
         v (Tensor): Values ``(B, h, n, d_v)``.
-        matrix (Tensor): ``(B, h, m, m)``: ``M``, or with ``inverted`` its inverse, symmetric positive definite. The
-            gradient of the inverse holds for symmetric changes only.
+        matrix (Tensor): ``(B, h, m, m)``: ``M``, or with ``inverted`` its inverse. The inverse must be symmetric
+            positive definite. Its gradient is correct for symmetric changes of the matrix only.
         inverted (bool): Whether ``matrix`` is the inverse of ``M``. Defaults to False.
 
     Returns:
-        Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider. It can be differentiated once.
+        Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider. Second derivatives are not
+        supported.
     """
     dtype = compute_dtype(q)
     return _BlockwiseAttention.apply(q, landmarks.to(dtype), v, matrix.to(dtype), inverted)

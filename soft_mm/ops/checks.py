@@ -1,15 +1,23 @@
-"""Checks of arguments. Each raises a ``ValueError`` that names what was given and what is allowed."""
+"""Checks of arguments. Each raises a ``ValueError`` that states the given value and the allowed values."""
 
 import math
 
 
 def is_integer(value, minimum=1):
-    """Return whether a value is an integer (not a bool) and at least ``minimum``."""
+    """Return whether a value is an integer (not a bool) >= ``minimum``.
+
+    Args:
+        value (object): Value to check.
+        minimum (int): Smallest allowed value. Defaults to 1.
+
+    Returns:
+        bool: True for an integer >= ``minimum``.
+    """
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def check_integer(name, value, minimum=1):
-    """Check that a value is an integer (not a bool) and at least ``minimum``.
+    """Check that a value is an integer (not a bool) >= ``minimum``.
 
     Args:
         name (str): Name of the argument, for the message.
@@ -17,31 +25,64 @@ def check_integer(name, value, minimum=1):
         minimum (int): Smallest allowed value. Defaults to 1.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the value is not an integer or is smaller.
     """
     if not is_integer(value, minimum):
         raise ValueError(f'{name}={value!r}: expected an integer >= {minimum}')
 
 
 def check_positive(name, value):
-    """Check that a value is a finite number greater than 0."""
+    """Check that a value is a finite number > 0.
+
+    Args:
+        name (str): Name of the argument, for the message.
+        value (object): Value to check.
+
+    Raises:
+        ValueError: If the value is not a number, not finite, or not positive.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f'{name}={value!r}: expected a number > 0')
+        raise ValueError(f'{name}={value!r}: expected a finite number > 0')
 
 
 def check_rate(name, value):
-    """Check that a value is a number in [0, 1)."""
+    """Check that a value is a number in [0, 1).
+
+    Args:
+        name (str): Name of the argument, for the message.
+        value (object): Value to check.
+
+    Raises:
+        ValueError: If the value is not a number or out of range.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f'{name}={value!r}: expected a number >= 0 and < 1')
 
 
 def check_bool(name, value):
-    """Check that a value is True or False."""
+    """Check that a value is True or False.
+
+    Args:
+        name (str): Name of the argument, for the message.
+        value (object): Value to check.
+
+    Raises:
+        ValueError: If the value is not a bool.
+    """
     if not isinstance(value, bool):
         raise ValueError(f'{name}={value!r}: expected True or False')
 
 
 def check_choice(name, value, choices):
-    """Check that a value is one of ``choices``."""
+    """Check that a value is one of ``choices``.
+
+    Args:
+        name (str): Name of the argument, for the message.
+        value (object): Value to check.
+        choices (Sequence): Allowed values.
+
+    Raises:
+        ValueError: If the value is none of them.
+    """
     if value not in choices:
         raise ValueError(f'{name}={value!r} is unknown; choose one of {tuple(choices)}')

@@ -9,7 +9,15 @@ NEWTON_BACKWARDS = ('one_step', 'exact')
 
 
 def add_ridge(kernel, ridge):
-    """Return ``kernel + ridge * I`` for ``(..., m, m)``. ``ridge`` is a number or a tensor ``(..., 1, 1)``."""
+    """Compute ``kernel + ridge * I``.
+
+    Args:
+        kernel (Tensor): ``(..., m, m)``.
+        ridge (float | Tensor): Number, or tensor ``(..., 1, 1)``.
+
+    Returns:
+        Tensor: ``(..., m, m)``.
+    """
     return kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
 
 
@@ -52,8 +60,8 @@ def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
     """Compute the truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.2).
 
     ``V_0 = alpha A'`` with ``A' = A + ridge * I`` and ``alpha = 1.8 / (largest row sum of A)^2``, then
-    ``V <- 2V - V A' V``. If landmarks are alike, the iterations stop before they reach the inverse. The result is then
-    a different function from the inverse.
+    ``V <- 2V - V A' V``. If some landmarks are nearly equal, the iterations do not converge within ``iterations``, and
+    the result differs from the inverse.
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric with entries in [0, 1].
@@ -63,7 +71,7 @@ def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
             the gradient of the computed result. Defaults to ``'one_step'``.
 
     Returns:
-        Tensor: ``(..., m, m)`` in float32 or wider, inside autocast too.
+        Tensor: ``(..., m, m)`` in float32 or wider, even inside autocast.
 
     Raises:
         ValueError: If ``backward`` is unknown.
@@ -83,8 +91,10 @@ def newton_inverse_per_image(kernel, iterations=20):
 
     The step size is ``alpha = 2 / (largest row sum)^2``. It is halved up to ten times while the largest column sum of
     ``|I - alpha A^2|`` exceeds 1.01. Both maxima are taken over the heads of one image, so the result of an image does
-    not depend on its batch. The entries of ``A`` are not negative, so the column sums follow from the column sums and
-    the diagonal of ``A^2``, and ``A^2`` is never formed. ``alpha`` is chosen without a host synchronisation.
+    not depend on the other images of its batch. ``alpha`` is chosen without a host synchronisation.
+
+    ``A^2`` is never formed. Its entries are not negative, so the column sums of ``|I - alpha A^2|`` can be computed
+    from its diagonal and its own column sums.
 
     Args:
         kernel (Tensor): ``A``, ``(B, h, m, m)``, symmetric with entries in [0, 1].
@@ -102,7 +112,7 @@ def newton_inverse_per_image(kernel, iterations=20):
         square_sum = torch.matmul(kernel.sum(-1).unsqueeze(-2), kernel).squeeze(-2).unsqueeze(1)
         column_sum = (1 - candidates * square_diagonal).abs() + candidates * (square_sum - square_diagonal)
         too_large = column_sum.amax((-2, -1)) > 1.01
-        # The first candidate that is small enough, or the last one if none is.
+        # The first candidate within the bound, or the last one if none is.
         halving = 0.5 ** too_large[:, :-1].to(kernel.dtype).cumprod(1).sum(1)
     return _iterate(kernel, (step * halving)[:, None, None, None] * kernel, iterations)
 
@@ -111,7 +121,7 @@ def newton_inverse_per_image(kernel, iterations=20):
 def pseudo_inverse(landmarks):
     """Compute the Moore-Penrose inverse of the landmark kernel in float64 from its singular values.
 
-    This is the exact reference for the other inverses. It costs many times as much.
+    It is the exact reference for the other inverses, and many times slower.
 
     Args:
         landmarks (Tensor): ``(..., m, d)``.
@@ -127,13 +137,13 @@ def pseudo_inverse(landmarks):
 def safe_ridge(kernel, ridge, square_norm=0.0):
     """Return a ridge that is large enough to factorise ``kernel`` in its dtype: ``max(ridge, eps r (8 + 2 s))``.
 
-    ``r`` is the largest row sum, which bounds the largest eigenvalue. A factorisation has rounding errors of about
-    ``eps r``, which can make the smallest eigenvalue negative. ``s`` is the largest squared norm of the landmarks:
-    the exponents of the entries have rounding errors of about ``2 eps s``. The ridge is chosen a priori, without a host
+    Two rounding errors can make the smallest eigenvalue negative. The factorisation has errors of about ``eps r``,
+    where ``r`` is the largest row sum, a bound on the largest eigenvalue. The entries have relative errors of about
+    ``2 eps s``, where ``s`` is the largest squared norm of the landmarks. The ridge is chosen a priori, without a host
     synchronisation.
 
     Args:
-        kernel (Tensor): ``(..., m, m)`` with no negative entry.
+        kernel (Tensor): ``(..., m, m)`` without negative entries.
         ridge (float): Requested ridge.
         square_norm (float | Tensor): ``s``, a number or ``(...)``. Defaults to 0.
 
@@ -146,15 +156,15 @@ def safe_ridge(kernel, ridge, square_norm=0.0):
 
 
 def ridge_matrix(kernel, ridge=0.01, square_norm=0.0):
-    """Return ``A + ridge * I``, positive definite in its dtype. The ridge is raised if needed (:func:`safe_ridge`).
+    """Compute ``A + ridge * I`` with a ridge that is increased if rounding requires it, see :func:`safe_ridge`.
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric positive semidefinite with entries in [0, 1].
-        ridge (float): Added to the diagonal, positive. Defaults to 0.01.
+        ridge (float): Smallest number to add to the diagonal, positive. Defaults to 0.01.
         square_norm (float | Tensor): See :func:`safe_ridge`. Defaults to 0.
 
     Returns:
-        Tensor: ``(..., m, m)`` in float32 or wider.
+        Tensor: ``(..., m, m)`` in float32 or wider, positive definite.
     """
     kernel = kernel.to(compute_dtype(kernel))
     return add_ridge(kernel, safe_ridge(kernel, ridge, square_norm)[..., None, None])

@@ -9,15 +9,28 @@ is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda:
 
 
 def compute_dtype(tensor):
-    """Return the dtype for distances: float32, or float64 for a float64 input.
+    """Return the dtype in which distances are computed.
 
-    In half precision ``||a||^2 + ||b||^2 - 2 a.b`` loses all its digits.
+    In half precision, cancellation in ``||a||^2 + ||b||^2 - 2 a.b`` can remove all correct digits.
+
+    Args:
+        tensor (Tensor): Input of the computation.
+
+    Returns:
+        torch.dtype: float64 for a float64 input, otherwise float32.
     """
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def without_autocast(function):
-    """Run ``function``, whose first argument is a tensor, with autocast off. The function does its own casts."""
+    """Decorate a function to run with autocast disabled. The function casts its inputs itself.
+
+    Args:
+        function (Callable): Function whose first argument is a tensor. The device of the tensor selects the autocast.
+
+    Returns:
+        Callable: The decorated function.
+    """
 
     @functools.wraps(function)
     def run(tensor, *args, **kwargs):
@@ -36,7 +49,7 @@ def gaussian_kernel(a, b):
         b (Tensor): Tokens ``(..., m, d)``.
 
     Returns:
-        Tensor: ``(..., n, m)`` with entries in [0, 1], in float32 or wider, inside autocast too.
+        Tensor: ``(..., n, m)`` with entries in [0, 1], in float32 or wider, even inside autocast.
     """
     a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
     exponent = torch.matmul(a, b.transpose(-2, -1))

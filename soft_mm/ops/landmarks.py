@@ -13,7 +13,7 @@ def project_patches(q, grid, weight):
     """Apply a convolution whose kernel equals its stride to the queries of each head.
 
     The patches do not overlap, so the convolution is one matrix product over flattened patches. Rows and columns that
-    do not fill a patch are left out. A side shorter than one patch is stretched to one patch by nearest neighbours, so
+    do not fill a patch are ignored. A side shorter than one patch is stretched to one patch by nearest neighbours, so
     there is at least one landmark.
 
     Args:
@@ -44,9 +44,9 @@ def activate_landmarks(tokens, weight, bias, eps=1e-5):
 
     Args:
         tokens (Tensor): ``(B, h, m, d)``.
-        weight (Tensor): ``(d,)``, of the LayerNorm.
-        bias (Tensor): ``(d,)``, of the LayerNorm.
-        eps (float): Of the LayerNorm. Defaults to 1e-5.
+        weight (Tensor): Weight of the LayerNorm, ``(d,)``.
+        bias (Tensor): Bias of the LayerNorm, ``(d,)``.
+        eps (float): Epsilon of the LayerNorm. Defaults to 1e-5.
 
     Returns:
         Tensor: ``(B, h, m, d)``.
@@ -63,9 +63,9 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
         q (Tensor): Scaled queries ``(B, h, n, d)``.
         grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
         weight (Tensor): See :func:`project_patches`.
-        norm_weight (Tensor): ``(d,)``.
-        norm_bias (Tensor): ``(d,)``.
-        eps (float): Of the LayerNorm. Defaults to 1e-5.
+        norm_weight (Tensor): Weight of the LayerNorm, ``(d,)``.
+        norm_bias (Tensor): Bias of the LayerNorm, ``(d,)``.
+        eps (float): Epsilon of the LayerNorm. Defaults to 1e-5.
 
     Returns:
         tuple[Tensor, tuple[int, int]]: Landmarks ``(B, h, m, d)`` in float32 or wider, and their grid, see
@@ -78,14 +78,14 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
 def pooled_grid(grid, max_landmarks):
     """Return a grid with at most ``max_landmarks`` cells, close to that number and to the aspect ratio of ``grid``.
 
-    The short side is one of the two integers around its ideal length. The one with the closer aspect ratio is chosen.
+    The ideal short side is rounded down or up, whichever keeps the aspect ratio better.
 
     Args:
         grid (tuple[int, int]): ``(H, W)`` of the landmarks.
-        max_landmarks (int): At least 1.
+        max_landmarks (int): Largest number of cells, at least 1.
 
     Returns:
-        tuple[int, int]: ``grid`` itself if it has no more than ``max_landmarks`` cells.
+        tuple[int, int]: Rows and columns. ``grid`` itself if it has at most ``max_landmarks`` cells.
     """
     H, W = grid
     if H * W <= max_landmarks:
@@ -108,11 +108,11 @@ def pool_landmarks(landmarks, grid, max_landmarks):
     Args:
         landmarks (Tensor): ``(B, h, M, d)``.
         grid (tuple[int, int]): Their grid, with ``M`` cells.
-        max_landmarks (int | None): None keeps all.
+        max_landmarks (int | None): Largest number of landmarks. None keeps all.
 
     Returns:
-        tuple[Tensor, float]: Landmarks ``(B, h, m, d)`` and the pool factor ``M / m``. If ``M <= max_landmarks``, the
-        given tensor itself and 1.
+        tuple[Tensor, float]: Landmarks ``(B, h, m, d)`` and the pool factor ``M / m``. If ``M <= max_landmarks``, these
+        are the given tensor itself and 1.
     """
     count = landmarks.shape[2]
     if max_landmarks is None or count <= max_landmarks:
@@ -122,7 +122,7 @@ def pool_landmarks(landmarks, grid, max_landmarks):
 
 
 def mean_landmarks(tokens, grid, out_grid):
-    """Average tokens over the cells of a coarser grid. For a sequence, whose grid is ``(1, n)``, cells are segments.
+    """Average tokens over the cells of a coarser grid. The cells of a sequence, whose grid is ``(1, n)``, are segments.
 
     Args:
         tokens (Tensor): ``(B, h, n, d)``.
@@ -140,7 +140,7 @@ def mean_landmarks(tokens, grid, out_grid):
 
 
 def random_landmarks(q, count, generator=None):
-    """Draw tokens without replacement, the same ones for every head and image (SOFT, ablation of the sampling).
+    """Draw tokens without replacement, the same for every head and image (SOFT, ablation of landmark sampling).
 
     Args:
         q (Tensor): ``(B, h, n, d)``.

@@ -1,4 +1,4 @@
-"""Every formula of the attention, written plainly. The tests compare the fast forms with it.
+"""Plain implementation of every formula of the attention. The tests compare the fast functions with it.
 
 Nothing here is fast. Each function follows the papers step by step in the dtype of its input and forms every matrix of
 its formula. The module imports torch and nothing else.
@@ -14,16 +14,33 @@ import torch.nn.functional as F
 
 
 def gaussian_kernel(a, b):
-    """Compute ``exp(-||a_i - b_j||^2 / 2)`` for ``(..., n, d)`` and ``(..., m, d)`` (SOFT, section 3.1)."""
+    """Compute ``exp(-||a_i - b_j||^2 / 2)`` for all pairs (SOFT, section 3.1).
+
+    Args:
+        a (Tensor): ``(..., n, d)``.
+        b (Tensor): ``(..., m, d)``.
+
+    Returns:
+        Tensor: ``(..., n, m)``.
+    """
     return torch.exp(-(a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1) / 2)
 
 
 def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
-    """Compute landmarks ``GELU(LayerNorm(conv(q)))`` from queries ``(B, h, n, d)`` (SOFT, section 3.2).
+    """Compute landmarks ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.2).
 
-    ``weight`` is ``(d, d, r, r)``: a convolution with kernel and stride ``r``, shared by the heads. A side of the grid
-    that is shorter than ``r`` is first stretched to ``r`` by nearest neighbours. Returns ``(B, h, m, d)`` with
-    ``m = floor(H / r) * floor(W / r)``.
+    A side of the grid that is shorter than ``r`` is first stretched to ``r`` by nearest neighbours.
+
+    Args:
+        q (Tensor): Queries ``(B, h, n, d)``.
+        grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
+        weight (Tensor): ``(d, d, r, r)``, a convolution with kernel and stride ``r``, shared by the heads.
+        norm_weight (Tensor): ``(d,)``.
+        norm_bias (Tensor): ``(d,)``.
+        eps (float): Epsilon of the LayerNorm. Defaults to 1e-5.
+
+    Returns:
+        Tensor: ``(B, h, m, d)`` with ``m = max(H // r, 1) * max(W // r, 1)``.
     """
     (B, h, _, d), (H, W), r = q.shape, grid, weight.shape[-1]
     maps = q.reshape(B * h, H, W, d).permute(0, 3, 1, 2)
@@ -33,9 +50,18 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
 
 
 def pool_landmarks(landmarks, grid, out_grid):
-    """Average landmarks ``(B, h, H * W, d)`` over the cells of ``out_grid``. Neighbour cells may share a row or column.
+    """Average landmarks over the cells of a coarser grid.
 
-    Cell ``i`` of ``k`` along a side of length ``s`` spans ``floor(i s / k)`` to ``ceil((i + 1) s / k)``.
+    Cell ``i`` of ``k`` along a side of length ``s`` spans ``floor(i s / k)`` to ``ceil((i + 1) s / k)``. Neighbouring
+    cells may therefore share a row or a column.
+
+    Args:
+        landmarks (Tensor): ``(B, h, H * W, d)``.
+        grid (tuple[int, int]): ``(H, W)``.
+        out_grid (tuple[int, int]): Rows and columns of the coarser grid.
+
+    Returns:
+        Tensor: ``(B, h, m, d)`` with one landmark per cell of ``out_grid``.
     """
     (B, h, _, d), (H, W), (rows, columns) = landmarks.shape, grid, out_grid
     maps = landmarks.reshape(B, h, H, W, d)
@@ -48,7 +74,16 @@ def pool_landmarks(landmarks, grid, out_grid):
 
 
 def newton_inverse(kernel, iterations=20, ridge=0.01):
-    """Compute the truncated Newton inverse of each ``(..., m, m)`` matrix plus ``ridge * I`` (SOFT, section 3.2)."""
+    """Compute the truncated Newton inverse of each matrix plus ``ridge * I`` (SOFT, section 3.2).
+
+    Args:
+        kernel (Tensor): ``(..., m, m)``.
+        iterations (int): Number of iterations. Defaults to 20.
+        ridge (float): Added to the diagonal. Defaults to 0.01.
+
+    Returns:
+        Tensor: ``(..., m, m)``.
+    """
     alpha = 1.8 / kernel.sum(-1).amax(-1)[..., None, None] ** 2
     kernel = kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     inverse = alpha * kernel
@@ -60,8 +95,15 @@ def newton_inverse(kernel, iterations=20, ridge=0.01):
 def newton_inverse_per_image(kernel, iterations=20):
     """Compute the truncated Newton inverse without a ridge, with one step size per image (SOFT++, the authors' code).
 
-    ``kernel`` is ``(B, h, m, m)``. The step size is ``2 / (largest row sum)^2``. It is halved up to ten times while the
-    largest column sum of ``|I - A V_0|`` exceeds 1.01. Both maxima are taken over the heads of one image.
+    The step size is ``2 / (largest row sum)^2``. It is halved up to ten times while the largest column sum of
+    ``|I - A V_0|`` exceeds 1.01. Both maxima are taken over the heads of one image.
+
+    Args:
+        kernel (Tensor): ``(B, h, m, m)``.
+        iterations (int): Number of iterations. Defaults to 20.
+
+    Returns:
+        Tensor: ``(B, h, m, m)``.
     """
     eye = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     inverses = []
@@ -79,7 +121,15 @@ def newton_inverse_per_image(kernel, iterations=20):
 
 
 def ridge_inverse(kernel, ridge=0.01):
-    """Compute ``(A + ridge * I)^-1`` for each ``(..., m, m)`` matrix."""
+    """Compute ``(A + ridge * I)^-1`` for each matrix.
+
+    Args:
+        kernel (Tensor): ``(..., m, m)``.
+        ridge (float): Added to the diagonal. Defaults to 0.01.
+
+    Returns:
+        Tensor: ``(..., m, m)``.
+    """
     return torch.linalg.inv(kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device))
 
 
@@ -89,12 +139,15 @@ def softmax_free_attention(q, landmarks, v, inverse, normalized=False, degree_sc
     Sources: SOFT, section 3.2; SOFT++, attention normalisation.
 
     Args:
-        q: Scaled queries, which are also the keys, ``(B, h, n, d)``.
-        landmarks: ``(B, h, m, d)``.
-        v: Values ``(B, h, n, d)``.
-        inverse: Function that maps ``A``, ``(B, h, m, m)``, to its inverse.
-        normalized: Whether to use the degrees ``D = degree_scale * diag(A 1)``.
-        degree_scale: Number of landmarks that each given landmark was pooled from.
+        q (Tensor): Scaled queries, which are also the keys, ``(B, h, n, d)``.
+        landmarks (Tensor): ``(B, h, m, d)``.
+        v (Tensor): Values ``(B, h, n, d)``.
+        inverse (Callable[[Tensor], Tensor]): Function that maps ``A``, ``(B, h, m, m)``, to its inverse.
+        normalized (bool): Whether to use the degrees ``D = degree_scale * diag(A 1)``. Defaults to False.
+        degree_scale (float): Number of landmarks that were averaged to form each given landmark. Defaults to 1.
+
+    Returns:
+        Tensor: ``(B, h, n, d)``.
     """
     P, A = gaussian_kernel(q, landmarks), gaussian_kernel(landmarks, landmarks)
     middle = inverse(A)
@@ -105,7 +158,16 @@ def softmax_free_attention(q, landmarks, v, inverse, normalized=False, degree_sc
 
 
 def local_branch(v, grid, weight):
-    """Convolve values ``(B, h, n, d)`` depthwise with one filter per head, ``weight`` ``(h, 1, c, c)``."""
+    """Convolve the values depthwise with one filter per head.
+
+    Args:
+        v (Tensor): Values ``(B, h, n, d)``.
+        grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``.
+        weight (Tensor): ``(h, 1, c, c)`` with ``c`` odd.
+
+    Returns:
+        Tensor: ``(B, h, n, d)``.
+    """
     (B, h, n, d), (H, W) = v.shape, grid
     maps = v.permute(0, 3, 1, 2).reshape(B * d, h, H, W)
     out = F.conv2d(maps, weight, padding=weight.shape[-1] // 2, groups=h)

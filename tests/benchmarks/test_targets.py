@@ -109,7 +109,7 @@ def test_encoder_of_sequences_takes_a_step(train, kind):
     assert target.tokens((1, 80)) == 80
     shorter, longer = (count_multiply_adds(build_step(target, (1, n), 1, train, 'cpu')) for n in (40, 80))
     assert 0 < shorter < longer
-    with pytest.raises(ValueError, match="'encoder' encodes sequences: size 40x40 must be 1xN"):
+    with pytest.raises(ValueError, match="'encoder' encodes sequences: size 40x40: expected 1xN"):
         build_step(target, (40, 40), 1, train, 'cpu')
 
 

@@ -53,9 +53,9 @@ def test_tokens_in_tokens_out_with_gradients(index, grid):
     if n > 1:
         silent = {name for name, parameter in module.named_parameters() if not parameter.grad.abs().sum() > 0}
         assert not silent
-    with pytest.raises(ValueError, match='expected as many cells as tokens|expected . side'):
+    with pytest.raises(ValueError, match='cells, one per token'):
         module(tokens, (*grid[:-1], n + 1))
-    with pytest.raises(ValueError, match='expected . side.s., because grid_dims is that'):
+    with pytest.raises(ValueError, match=r'expected \(.*\), because grid_dims=[12]'):
         module(tokens, (*grid, 1, 1))
 
 

@@ -371,7 +371,7 @@ BAD_OPTIONS = [
     (dict(arch=3), ValueError, 'arch=3: expected one of'),
     (dict(arch=dict(embed_dims=(32, 64, 96, 128))), ValueError, r"missing keys \['num_heads', 'depths'\]"),
     (dict(arch=dict(REDUCED_ARCH, widths=3)), ValueError, r"unknown keys \['widths'\]"),
-    (dict(arch=dict(REDUCED_ARCH, num_heads=(1, 2, 5, 4))), ValueError, 'multiple of its heads, got 96 and 5'),
+    (dict(arch=dict(REDUCED_ARCH, num_heads=(1, 2, 5, 4))), ValueError, 'but 96 is no multiple of 5'),
     (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 2))), ValueError, r'depths=\(1, 1, 2\): expected 4 integers'),
     (dict(arch=dict(REDUCED_ARCH, depths=(1, 1, 0, 1))), ValueError, 'depths=0: expected an integer >= 1'),
     (dict(arch=dict(REDUCED_ARCH, ratios=(8, 4, 2, 2))), ValueError, 'expected 1 as the last'),
@@ -394,13 +394,13 @@ BAD_OPTIONS = [
     (dict(attention=dict(max_landmarks=0)), ValueError, 'max_landmarks=0: expected None or an integer >= 1'),
     (dict(attention=dict(normalized='yes')), ValueError, "normalized='yes': expected"),
     (dict(attention=[{}, {}]), ValueError, 'or a list of three dicts'),
-    (dict(attention='SoftmaxFreeAttention'), ValueError, 'expected a dict'),
+    (dict(attention='SoftmaxFreeAttention'), ValueError, 'expected None, a dict'),
     (dict(out_type='avg'), ValueError, "out_type='avg' is unknown; choose one of \\('featmap', 'cls_token'\\)"),
     (dict(out_type='cls_token', out_indices=(0, 1)), ValueError, 'needs stage 3'),
     (dict(out_indices=(0, 4)), ValueError, r'out_indices=\(0, 4\): expected stages from 0 to 3'),
     (dict(out_indices=None), ValueError, 'out_indices=None'),
     (dict(out_indices=()), ValueError, r'out_indices=\(\)'),
-    (dict(out_indices=(2, 1)), ValueError, 'in rising order'),
+    (dict(out_indices=(2, 1)), ValueError, 'in ascending order'),
     (dict(in_channels=0), ValueError, 'in_channels=0: expected an integer >= 1'),
     (dict(img_size=2.5), ValueError, 'img_size=2.5'),
     (dict(norm_eval='no'), ValueError, "norm_eval='no': expected True or False"),
@@ -409,7 +409,7 @@ BAD_OPTIONS = [
     (dict(drop_path_rate=-0.1), ValueError, 'drop_path_rate=-0.1'),
     (dict(frozen_stages=5), ValueError, 'frozen_stages=5'),
     (dict(frozen_stages=3, out_indices=(0, 1)), ValueError, 'frozen_stages=3'),
-    (dict(pretrained='x.pth'), TypeError, r"no keywords \['pretrained'\]; allowed are \['arch', 'attention'"),
+    (dict(pretrained='x.pth'), TypeError, r"take the keywords \['pretrained'\]; allowed are \['arch', 'attention'"),
 ]
 
 

@@ -1,5 +1,5 @@
 # Mask2Former (https://arxiv.org/abs/2112.01527) with SOFT's channel numbers. The inheriting config sets the backbone.
-# mmsegmentation's head is built from parts of mmdet. Sizes and loss weights are mmsegmentation's.
+# mmsegmentation's head uses modules of mmdet. Sizes and loss weights are as in mmsegmentation's configs.
 _base_ = './segmentor.py'
 
 num_classes = 19

@@ -1,4 +1,4 @@
-# What all segmentors share. Images are normalised with ImageNet's mean and standard deviation; label 255 is ignored.
+# Settings of all segmentors. Images are normalised with ImageNet's mean and standard deviation. Label 255 is ignored.
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(

@@ -1,4 +1,5 @@
-# Backbone of all detectors and segmentors. docs/long_tokens.md explains the choice of landmarks and solver.
+# Backbone of all detectors and segmentors. docs/long_tokens.md explains why landmarks are bounded and the solver is
+# Cholesky.
 soft_backbone = dict(
     type='soft_mm.SOFT',
     arch='tiny',

@@ -1,5 +1,5 @@
-# AdamW with gradient clipping. Norms, biases, position embeddings and class token have no weight decay.
-# fused=True needs PyTorch 2.4 or newer on a CPU.
+# AdamW with gradient clipping. Norms, biases, position embeddings and the class token have no weight decay.
+# On a CPU, fused=True needs PyTorch 2.4 or newer.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05, fused=True),

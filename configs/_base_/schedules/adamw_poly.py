@@ -1,4 +1,4 @@
-# Learning rate and weight decay of mmsegmentation's Swin configs, for a batch size of 16.
+# Learning rate and weight decay as in mmsegmentation's Swin configs, for a batch size of 16.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),

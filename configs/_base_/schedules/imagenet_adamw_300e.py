@@ -1,5 +1,5 @@
-# The recipe of the authors' code. The learning rate is for a batch size of 1024 and scales with the batch size.
-# Its values at the start of the warm-up and at the end of the cosine do not scale.
+# Training recipe of the authors' code. The learning rate is for a batch size of 1024 and scales with the batch size.
+# The rates at the start of the warm-up (1e-6) and at the end of the cosine (5e-5) do not scale.
 optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05, eps=1e-8, betas=(0.9, 0.999)),
     clip_grad=dict(max_norm=1.0),
@@ -16,6 +16,6 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
-# The authors call this a decay of 0.99996.
+# mmengine's momentum is 1 - decay. The authors' decay is 0.99996.
 custom_hooks = [dict(type='EMAHook', momentum=4e-5, priority='ABOVE_NORMAL')]
 auto_scale_lr = dict(base_batch_size=1024)

@@ -1,5 +1,5 @@
-# A small encoder for short sequences, on which `python -m projects.attention_study listops` compares attentions. The
-# program sets the attention and the folder of the data. No training sample repeats.
+# Small encoder for short sequences, with which `python -m projects.attention_study listops` compares attentions. The
+# program sets the attention and the data folder. No training sample is repeated.
 _base_ = '../../listops/configs/soft_listops.py'
 
 # Sequences have more than min_length and fewer than max_length tokens.
@@ -20,7 +20,7 @@ train_dataloader = dict(
     sampler=dict(shuffle=False),
 )
 val_dataloader = dict(batch_size=100, num_workers=0)
-# The validation set: tools/test.py evaluates a training that was interrupted before its evaluation.
+# Tests use the validation set, because tools/test.py evaluates a training that was interrupted before its evaluation.
 test_dataloader = dict(batch_size=100, num_workers=0, dataset=dict(ann_file='basic_val.tsv'))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=100),

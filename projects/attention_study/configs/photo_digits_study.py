@@ -1,5 +1,5 @@
-# A small classifier on which `python -m projects.attention_study photo-digits` compares attentions. The program sets
-# the attention and the files of the data.
+# Small classifier with which `python -m projects.attention_study photo-digits` compares attentions. The program sets
+# the attention and the data files.
 _base_ = '../../photo_digits/configs/soft-tiny_photo-digits-crops.py'
 
 batch_size = 32
@@ -42,6 +42,6 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min_ratio=0.02, by_epoch=False, begin=30, end=max_iters),
 ]
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-# The demo's classifier is wider and solves the full task; it does not learn at this rate.
+# This rate is too high for the demo's classifier, which is wider and solves the full task.
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 default_hooks = dict(checkpoint=dict(interval=200, max_keep_ckpts=1))

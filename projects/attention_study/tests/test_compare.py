@@ -189,7 +189,7 @@ def test_failed_measurement_gives_the_reason(faked, monkeypatch, row, message):
         (('digits',), "study='digits': expected one of .*photo-digits"),
         (('photo-digits', ['samplers']), r"groups=\['samplers'\]: expected None, or one or more of .*'sampler'"),
         (('photo-digits', []), r'groups=\[\]: expected None, or one or more'),
-        (('photo-digits', None, ()), r'seeds=\[\]: expected at least one seed'),
+        (('photo-digits', None, ()), r'seeds=\[\]: expected one or more different seeds'),
         (('photo-digits', None, (1, 1)), r'seeds=\[1, 1\]'),
         (('photo-digits', None, (1,), False, 0), 'jobs=0: expected an integer >= 1'),
     ],

@@ -14,7 +14,7 @@ channels = 128
 model = dict(
     backbone=dict(
         img_size=64,
-        # The bound keeps the cost linear in the number of tokens and costs no accuracy (docs/long_tokens.md).
+        # The bound keeps the cost linear in the number of tokens without loss of accuracy (docs/long_tokens.md).
         attention=dict(solver='cholesky', max_landmarks=49),
         init_cfg=dict(type='Pretrained', checkpoint=pretrained, prefix='backbone.'),
     ),
@@ -29,7 +29,7 @@ model = dict(
         loss_decode=dict(class_weight=[0.5] + [2.0] * 10),
     ),
 )
-# The layers that are not pretrained have a higher learning rate.
+# Layers that are not pretrained need a higher learning rate.
 optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys=dict(decode_head=dict(lr_mult=3.0), neck=dict(lr_mult=3.0))),
 )

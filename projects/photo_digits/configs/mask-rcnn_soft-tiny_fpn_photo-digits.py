@@ -17,7 +17,7 @@ model = dict(
         type='soft_mm.SOFT',
         arch='tiny',
         img_size=64,
-        # The bound keeps the cost linear in the number of tokens and costs no accuracy (docs/long_tokens.md).
+        # The bound keeps the cost linear in the number of tokens without loss of accuracy (docs/long_tokens.md).
         attention=dict(solver='cholesky', max_landmarks=49),
         init_cfg=dict(type='Pretrained', checkpoint=pretrained, prefix='backbone.'),
     ),
@@ -40,7 +40,7 @@ model = dict(
     ),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=300)),
 )
-# The layers that are not pretrained have a higher learning rate.
+# Layers that are not pretrained need a higher learning rate.
 optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys=dict(neck=dict(lr_mult=3.0), rpn_head=dict(lr_mult=3.0), roi_head=dict(lr_mult=3.0)))
 )

@@ -219,8 +219,8 @@ def test_an_interrupted_run_is_completed(tmp_path, monkeypatch):
     'options, error, message',
     [
         (dict(splits=['test']), ValueError, "split='test'"),
-        (dict(splits=[]), ValueError, r'splits=\[\]: expected at least one'),
-        (dict(splits=['val', 'val']), ValueError, 'none of them twice'),
+        (dict(splits=[]), ValueError, r'splits=\[\]: expected one or more'),
+        (dict(splits=['val', 'val']), ValueError, 'each at most once'),
         (dict(num_crops=0), ValueError, 'num_crops=0: expected an integer >= 1'),
         (dict(num_scenes=1.5), ValueError, 'num_scenes=1.5: '),
         (dict(scene_options=dict(size=4)), ValueError, 'size=4: '),

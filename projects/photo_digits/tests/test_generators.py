@@ -200,7 +200,7 @@ def test_recolouring_gives_a_grey_photograph_colour_and_is_repeatable(monkeypatc
         (dict(recolour=-0.1), 'recolour=-0.1: '),
         (dict(background=float('nan')), 'background=nan: '),
         (dict(background=(0, 2), length=5), r'background=\(0, 2\): '),
-        (dict(background=(0, 1)), r'background=\(0, 1\): a pair .* needs length'),
+        (dict(background=(0, 1)), r'background=\(0, 1\): a pair .* length=None; set length'),
         (dict(max_angle=-1), 'max_angle=-1: '),
         (dict(length=0), 'length=0: expected an integer >= 1'),
         (dict(digit_size=20), 'digit_size=20: expected a pair'),
@@ -222,7 +222,7 @@ def test_bad_options(generator, options, message):
         (SceneGenerator, dict(size=64, num_digits=(40, 50)), 'reduce num_digits'),
         (CropGenerator, dict(digit_size=(0.9, 0.5)), r'digit_size=\(0.9, 0.5\): .* 0 <= smallest <= largest <= 1'),
         (CropGenerator, dict(digit_size=(0.5, 1.2)), r'digit_size=\(0.5, 1.2\): '),
-        (CropGenerator, dict(digit_size=(0.05, 0.9)), r'digit_size=\(0.05, 0.9\): .*at least 8 pixels'),
+        (CropGenerator, dict(digit_size=(0.05, 0.9)), r'digit_size=\(0.05, 0.9\): .*starts at 8 pixels or more'),
         (CropGenerator, dict(digit_size=(0.501, 0.502)), r'digit_size=\(0.501, 0.502\): .*64 pixels'),
     ],
 )

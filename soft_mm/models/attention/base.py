@@ -1,4 +1,4 @@
-"""The contract of an attention, and how a stage builds one from its config."""
+"""Base class of all attentions, and construction of an attention from its config."""
 
 import inspect
 import math
@@ -12,22 +12,45 @@ from soft_mm import ops
 from soft_mm.ops.checks import check_integer
 from soft_mm.registry import MODELS
 
-# The backbone gives these arguments to every attention.
+# Arguments that the backbone passes to every attention.
 _SHAPE = ('embed_dims', 'num_heads', 'ratio', 'conv_size')
 
 
 def patch_sides(size, grid_dims):
-    """Return ``(rows, columns)`` of a square patch or filter. A sequence is a map with one row."""
+    """Return the sides of a patch or a filter.
+
+    Args:
+        size (int): Side in tokens.
+        grid_dims (int): 2 for maps, 1 for sequences. A sequence is a map with one row.
+
+    Returns:
+        tuple[int, int]: Rows and columns.
+    """
     return (size, size) if grid_dims == 2 else (1, size)
 
 
 def split_heads(x, num_heads):
-    """Reshape tokens ``(B, n, C)`` to ``(B, h, n, d)``."""
+    """Split the channels of tokens into heads.
+
+    Args:
+        x (Tensor): ``(B, n, C)``.
+        num_heads (int): Number of heads ``h``, a divisor of ``C``.
+
+    Returns:
+        Tensor: ``(B, h, n, d)``.
+    """
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x):
-    """Reshape ``(B, h, n, d)`` to tokens ``(B, n, C)``."""
+    """Join the heads of tokens, the inverse of :func:`split_heads`.
+
+    Args:
+        x (Tensor): ``(B, h, n, d)``.
+
+    Returns:
+        Tensor: ``(B, n, C)``.
+    """
     return x.transpose(1, 2).flatten(2)
 
 
@@ -35,7 +58,7 @@ class LocalBranch(nn.Conv2d):
     """Depthwise convolution of the values with one filter per head, see :func:`soft_mm.ops.local_branch`.
 
     Args:
-        num_heads (int): Heads.
+        num_heads (int): Number of heads.
         conv_size (int): Side of the filters, odd.
         grid_dims (int): 2 for maps, 1 for sequences.
     """
@@ -51,14 +74,15 @@ class LocalBranch(nn.Conv2d):
 
 
 class BaseAttention(BaseModule):
-    """Base of all attentions: project tokens, attend, add the local branch, project the output.
+    """Base class of all attentions: project the tokens, attend, add the local branch, project the output.
 
-    A subclass defines :meth:`project`, :meth:`attend` and the output projection ``proj``, a linear layer, and may set
-    ``local`` to a :class:`LocalBranch`. The benchmarks and the attention maps use these two methods and :meth:`rows`.
+    A subclass defines :meth:`project`, :meth:`attend` and the output projection ``proj``, a linear layer. It may set
+    ``local`` to a :class:`LocalBranch`. The benchmarks also call :meth:`project` and :meth:`attend` directly, and the
+    attention maps call :meth:`rows`.
 
     Args:
         embed_dims (int): Channels ``C`` of the tokens.
-        num_heads (int): Heads, a divisor of ``embed_dims``.
+        num_heads (int): Number of heads, a divisor of ``embed_dims``.
         ratio (int): Side of the patch of tokens that becomes one landmark, at least 1.
         conv_size (int): Side of the filters of the local branch, odd.
         grid_dims (int): 2 for maps with the grid ``(H, W)``, 1 for sequences with the grid ``(n,)``.
@@ -91,21 +115,31 @@ class BaseAttention(BaseModule):
             grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``. A sequence has the grid ``(1, n)``.
 
         Returns:
-            tuple[Tensor, ...]: Queries ``(B, h, n, d)`` first. With a local branch the last is the values
-            ``(B, h, n, d)``.
+            tuple[Tensor, ...]: Inputs of :meth:`attend`, with the queries ``(B, h, n, d)`` first. With a local branch,
+            the values ``(B, h, n, d)`` must be last.
+
+        Raises:
+            NotImplementedError: In the base class.
         """
         raise NotImplementedError
 
     def attend(self, *projected, grid):
-        """Compute the attention from the output of :meth:`project`, without local branch and output projection.
+        """Compute the attention, without local branch and output projection.
+
+        Args:
+            *projected (Tensor): Output of :meth:`project`.
+            grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``. A sequence has the grid ``(1, n)``.
 
         Returns:
             Tensor: ``(B, h, n, d)``.
+
+        Raises:
+            NotImplementedError: In the base class.
         """
         raise NotImplementedError
 
     def forward(self, x, grid):
-        """Compute the attention.
+        """Compute the attention with local branch and output projection.
 
         Args:
             x (Tensor): Tokens ``(B, n, C)``.
@@ -125,26 +159,34 @@ class BaseAttention(BaseModule):
         return self.proj(out)
 
     def map_grid(self, grid, num_tokens):
-        """Return the grid of a map: ``(1, n)`` for a sequence.
+        """Check a grid, and convert it to the grid of a map.
+
+        Args:
+            grid (tuple[int, ...]): ``(H, W)``, or ``(n,)`` with ``grid_dims=1``.
+            num_tokens (int): Number of tokens.
+
+        Returns:
+            tuple[int, int]: ``(H, W)``, or ``(1, n)``.
 
         Raises:
-            ValueError: If the grid has not ``grid_dims`` sides or ``num_tokens`` cells.
+            ValueError: If the grid does not have ``grid_dims`` sides or ``num_tokens`` cells.
         """
         if len(grid) != self.grid_dims:
-            raise ValueError(f'grid={tuple(grid)}: expected {self.grid_dims} side(s), because grid_dims is that')
+            expected = '(H, W)' if self.grid_dims == 2 else '(n,)'
+            raise ValueError(f'grid={tuple(grid)}: expected {expected}, because grid_dims={self.grid_dims}')
         if math.prod(grid) != num_tokens:
-            raise ValueError(f'grid={tuple(grid)}: expected as many cells as tokens, {num_tokens}')
+            raise ValueError(f'grid={tuple(grid)}: expected {num_tokens} cells, one per token')
         return tuple(grid) if self.grid_dims == 2 else (1, *grid)
 
     def rows(self, x, grid, points):
         """Compute rows of the attention matrix, without the local branch.
 
         The output is linear in the values, so a row is the gradient of the output with respect to the values. Nothing
-        of size ``n x n`` is formed. This form needs the values as the last output of :meth:`project`.
+        of size ``n x n`` is formed. The last output of :meth:`project` must be the values.
 
         Args:
-            x (Tensor): Tokens ``(1, n, C)``.
-            grid (tuple[int, ...]): Their grid.
+            x (Tensor): Tokens ``(1, n, C)`` of one image.
+            grid (tuple[int, ...]): ``(H, W)``, or ``(n,)`` with ``grid_dims=1``.
             points (list[int]): Indices of the query tokens.
 
         Returns:
@@ -157,9 +199,10 @@ class BaseAttention(BaseModule):
 
 
 class QueryValueProjection(nn.Linear):
-    """Linear layer to queries and values. Queries are scaled by ``d^(-1/4)`` (SOFT, section 3.1).
+    """Linear layer to scaled queries and values (SOFT, section 3.1).
 
-    Scaling the weights instead of the queries saves a pass over all tokens, and their memory.
+    Queries are scaled by ``d^(-1/4)``. The weights are scaled in their place, which saves a pass over all tokens and a
+    copy of them.
 
     Args:
         embed_dims (int): Channels ``C``.
@@ -180,7 +223,11 @@ class QueryValueProjection(nn.Linear):
 
 
 class SharedQKAttention(BaseAttention):
-    """Attention whose queries are also its keys, so its kernel is symmetric (SOFT, section 3.1)."""
+    """Base class of attentions whose queries are also their keys, so their kernel is symmetric (SOFT, section 3.1).
+
+    Args:
+        embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg: As in :class:`BaseAttention`.
+    """
 
     def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
@@ -192,17 +239,17 @@ class SharedQKAttention(BaseAttention):
 
 
 def value_gradients(attend, v, points):
-    """Compute rows of the matrix that an attention multiplies its values with.
+    """Compute rows of an attention matrix by differentiating the output with respect to the values.
 
     Args:
         attend (Callable[[Tensor], Tensor]): Attention as a function of its values ``(1, h, n, d)``.
-        v (Tensor): Values, for their shape, dtype and device.
+        v (Tensor): Values ``(1, h, n, d)``. Only shape, dtype and device matter.
         points (list[int]): Indices of the rows.
 
     Returns:
         Tensor: ``(len(points), h, n)``.
     """
-    # All channels have the same weights, so one channel is enough.
+    # The matrix is the same for all channels, so one channel is enough.
     values = v[..., :1].detach().clone().requires_grad_()
     with torch.enable_grad():
         out = attend(values.expand_as(v).contiguous())
@@ -231,22 +278,25 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size, grid=None):
     """Build the attention of one stage from its config.
 
     Args:
-        cfg (dict): ``type``, a registered name or a class, and the options of the type. Keys that are left out take
-            the defaults of the type. The default type is ``'SoftmaxFreeAttention'``.
-        embed_dims (int): Channels.
-        num_heads (int): Heads.
+        cfg (dict): ``type``, a registered name or a class, and the options of the type. The default type is
+            ``'SoftmaxFreeAttention'``. Missing options take the defaults of the type.
+        embed_dims (int): Channels ``C``.
+        num_heads (int): Number of heads.
         ratio (int): Side of the patch of a landmark.
         conv_size (int): Side of the filters of the local branch.
-        grid (tuple[int, ...] | None): Grid for the option ``grid`` of a type that has one and whose config does not
-            set it. Defaults to None: the default of the type.
+        grid (tuple[int, ...] | None): Value of the option ``grid``, for types that have it, unless ``cfg`` sets it.
+            Defaults to None: the default of the type.
+
+    Returns:
+        nn.Module: The attention, called as ``attention(tokens, grid)``.
 
     Raises:
-        ValueError: If the type is unknown or a value is out of its range.
-        TypeError: If the type does not have a key.
+        ValueError: If the type is unknown or the value of an option is out of its range.
+        TypeError: If the type does not have one of the options.
     """
     options = dict(cfg)
     kind = options.pop('type', 'SoftmaxFreeAttention')
-    # A string that is no registered name may still be the import path of a class, or of something else.
+    # MODELS.get also imports paths such as 'package.name', so the result can be any object.
     cls = MODELS.get(kind) if isinstance(kind, str) and kind else kind
     if not _takes_shape(cls):
         problem = 'is unknown' if cls is None else f'does not take {list(_SHAPE)}'
@@ -255,8 +305,8 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size, grid=None):
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise TypeError(
-            f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *allowed]}. In a config '
-            'that inherits keys of another type, set `_delete_=True` in the attention'
+            f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *allowed]}. If a base '
+            'config sets keys of another type, add `_delete_=True` to the attention'
         )
     if 'grid' in allowed and grid is not None:
         options.setdefault('grid', grid)

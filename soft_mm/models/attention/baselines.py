@@ -1,6 +1,6 @@
-"""The attentions that the papers compare with SOFT, under the same contract.
+"""Baselines: the attentions that the papers compare with SOFT.
 
-Each type takes ``embed_dims``, ``num_heads``, ``ratio`` and ``conv_size``. Unused arguments are ignored.
+Every type takes ``embed_dims``, ``num_heads``, ``ratio`` and ``conv_size``. Unused arguments are ignored.
 """
 
 import torch
@@ -13,14 +13,14 @@ from soft_mm.registry import MODELS
 
 from .base import BaseAttention, LocalBranch, SharedQKAttention, patch_sides, split_heads, value_gradients
 
-# -1 outside a backward pass. PyTorch before 2.1 does not have it.
+# Returns -1 outside a backward pass. PyTorch before 2.1 does not have it.
 _backward_pass = getattr(torch._C, '_current_graph_task_id', lambda: -1)
-# At 224x224 pixels, a side of stages 1 to 3 has seven patches.
+# Number of patches along a side in stages 1 to 3 at 224x224 pixels.
 _PATCHES = 7
 
 
 class _QKVAttention(BaseAttention):
-    """Attention of separate queries, keys and values."""
+    """Base class of attentions with separate queries, keys and values."""
 
     def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
@@ -38,7 +38,7 @@ class SoftmaxAttention(_QKVAttention):
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads, a divisor of ``embed_dims``.
+        num_heads (int): Number of heads, a divisor of ``embed_dims``.
         ratio (int): Unused.
         conv_size (int): Unused.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
@@ -61,13 +61,13 @@ class LinformerAttention(_QKVAttention):
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads. They share the projection of the tokens.
-        ratio (int): Side of the patch of a landmark in SOFT. The default grid has seven patches per side, as stages 1
-            to 3 have at 224x224 pixels.
+        num_heads (int): Number of heads. They share the projection of the tokens.
+        ratio (int): Side of the patch of a landmark in SOFT. It determines the default grid: seven patches per side, as
+            in stages 1 to 3 at 224x224 pixels.
         conv_size (int): Unused.
         proj_tokens (int): Number ``p`` of projected keys and values. Defaults to 49.
-        grid (Sequence[int] | None): Learned grid, ``(H, W)`` or ``(n,)``. The backbone passes the grid of its
-            ``img_size``. Defaults to None.
+        grid (Sequence[int] | None): Grid on which the projection is learned, ``(H, W)`` or ``(n,)``. The backbone
+            passes the grid of its ``img_size``. Defaults to None: ``7 * ratio`` tokens per side.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
 
@@ -99,12 +99,13 @@ class PerformerAttention(_QKVAttention):
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads. They share the features.
+        num_heads (int): Number of heads. They share the features.
         ratio (int): Unused.
         conv_size (int): Unused.
-        num_features (int): Random features. Defaults to 49.
+        num_features (int): Number of random features. Defaults to 49.
         seed (int): Seed of the features. Defaults to 0.
-        redraw_interval (int | None): Redraw the features after this many forwards in training. Defaults to None: never.
+        redraw_interval (int | None): Number of forward passes in training after which the features are redrawn.
+            Defaults to None: never.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
 
@@ -136,7 +137,7 @@ class PerformerAttention(_QKVAttention):
         self.register_buffer('features', features)
 
     def attend(self, q, k, v, grid):
-        # Checkpointing repeats a forward in the backward pass. It must use the same features.
+        # Gradient checkpointing repeats the forward pass in the backward pass, with the same features.
         if self.training and self.redraw_interval and _backward_pass() == -1:
             if self.forwards == self.redraw_interval:
                 self.redraw()
@@ -145,7 +146,7 @@ class PerformerAttention(_QKVAttention):
 
     def redraw(self):
         """Redraw the features from PyTorch's global generator."""
-        # A new tensor: a backward pass may still need the old one.
+        # A new tensor instead of an in-place change, because a backward pass may still need the old one.
         drawn = ops.orthogonal_features(*self.features.shape, device=self.features.device)
         self.features = drawn.to(self.features.dtype)
         self.forwards = 0
@@ -157,11 +158,12 @@ class NystromAttention(_QKVAttention):
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads.
+        num_heads (int): Number of heads.
         ratio (int): Unused.
         conv_size (int): Side of the filters of the local branch, one per head, odd.
-        num_landmarks (int): Landmarks: means of the cells of a grid, or of the segments of a sequence. Defaults to 49.
-        iterations (int): Iterations of the pseudo-inverse. Defaults to 6, as in the paper.
+        num_landmarks (int): Largest number of landmarks, which are means over the cells of a grid or the segments of a
+            sequence. Defaults to 49.
+        iterations (int): Number of iterations of the pseudo-inverse. Defaults to 6, as in the paper.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
 
@@ -187,14 +189,15 @@ class NystromAttention(_QKVAttention):
 
 @MODELS.register_module()
 class SpatialReductionAttention(BaseAttention):
-    """Softmax attention with keys and values on a coarser grid, made by a strided convolution.
+    """Softmax attention whose keys and values come from a coarser grid (PVT, arXiv:2102.12122, section 3.3).
 
-    With a ratio of 1 there is no convolution and no norm. Source: PVT, arXiv:2102.12122, section 3.3.
+    A strided convolution and a LayerNorm produce the tokens of the coarser grid. With a ratio of 1 there are neither.
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads.
-        ratio (int): Kernel and stride of the convolution. A shorter side of the grid is stretched to one kernel.
+        num_heads (int): Number of heads.
+        ratio (int): Kernel and stride of the convolution. A side of the grid that is shorter is stretched to this
+            length.
         conv_size (int): Unused.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
@@ -211,7 +214,7 @@ class SpatialReductionAttention(BaseAttention):
         self.proj = nn.Linear(embed_dims, embed_dims)
 
     def project(self, x, grid):
-        """Project tokens ``(B, n, C)`` to queries ``(B, h, n, d)``, and return the tokens for :meth:`reduce`."""
+        """Project tokens ``(B, n, C)`` to queries ``(B, h, n, d)``. Returns the queries and the tokens themselves."""
         return split_heads(self.q(x), self.num_heads), x
 
     def attend(self, q, x, grid):
@@ -219,7 +222,15 @@ class SpatialReductionAttention(BaseAttention):
         return F.scaled_dot_product_attention(q, k, v)
 
     def reduce(self, x, grid):
-        """Compute keys and values ``(B, h, m, d)`` on the coarser grid from tokens ``(B, n, C)``, and that grid."""
+        """Compute keys and values on the coarser grid.
+
+        Args:
+            x (Tensor): Tokens ``(B, n, C)``.
+            grid (tuple[int, int]): Grid of the tokens.
+
+        Returns:
+            tuple[Tensor, Tensor, tuple[int, int]]: Keys and values, each ``(B, h, m, d)``, and the coarser grid.
+        """
         if max(self.kernel) > 1:
             maps = x.transpose(1, 2).unflatten(2, grid)
             size = tuple(max(side, least) for side, least in zip(grid, self.kernel))
@@ -233,7 +244,8 @@ class SpatialReductionAttention(BaseAttention):
     def rows(self, x, grid, points):
         """Compute rows of the attention matrix, see :meth:`BaseAttention.rows`.
 
-        An entry of the coarser grid is shared equally by the tokens of its patch. A token outside all patches has 0.
+        The weight of a coarse token is shared equally by the tokens of its patch. Tokens outside all patches have the
+        weight 0.
         """
         grid = self.map_grid(grid, x.shape[1])
         with torch.no_grad():
@@ -242,7 +254,7 @@ class SpatialReductionAttention(BaseAttention):
         rows = value_gradients(lambda values: F.scaled_dot_product_attention(q, k, values), v, points)
         maps = rows.unflatten(-1, coarse)
         for dim, side, patch in zip((-2, -1), grid, self.kernel):
-            # A side shorter than the patch was stretched to one patch.
+            # A side that is shorter than the patch was stretched, so its single patch has fewer tokens.
             cells = min(side, patch)
             maps = maps.repeat_interleave(cells, dim) / cells
         return F.pad(maps, (0, grid[1] - maps.shape[-1], 0, grid[0] - maps.shape[-2]))
@@ -250,21 +262,22 @@ class SpatialReductionAttention(BaseAttention):
 
 @MODELS.register_module()
 class GaussianKernelAttention(SharedQKAttention):
-    """The Gaussian kernel between all tokens, without decomposition. The paper reports that it hardly trains.
+    """The Gaussian kernel between all tokens, without decomposition (SOFT, section 3.1).
 
-    Projections and local branch are those of :class:`SoftmaxFreeAttention`. Source: SOFT, section 3.1.
+    The paper reports that it hardly trains. Projections and local branch are as in :class:`SoftmaxFreeAttention`.
 
     Args:
         embed_dims (int): Channels ``C``.
-        num_heads (int): Heads.
+        num_heads (int): Number of heads.
         ratio (int): Unused.
         conv_size (int): Side of the filters of the local branch, odd.
-        max_tokens (int): Largest number of tokens, because ``n x n`` numbers per head are held. Defaults to 4096.
+        max_tokens (int): Largest number of tokens. It bounds the memory, which is ``n x n`` numbers per head. Defaults
+            to 4096.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
 
     Raises:
-        ValueError: If an option is out of its range. At a forward: for more than ``max_tokens`` tokens.
+        ValueError: If an option is out of its range. In the forward pass: if there are more than ``max_tokens`` tokens.
     """
 
     def __init__(self, embed_dims, num_heads, ratio, conv_size, max_tokens=4096, grid_dims=2, init_cfg=None):
@@ -279,12 +292,12 @@ class GaussianKernelAttention(SharedQKAttention):
         if n > self.max_tokens:
             raise ValueError(
                 f'GaussianKernelAttention: {n} tokens exceed max_tokens={self.max_tokens}; the kernel would hold '
-                f'{n}x{n} numbers per head. Use smaller images, another attention, or a larger max_tokens'
+                f'{n}x{n} numbers per head. Use smaller images or another attention, or increase max_tokens'
             )
         return ops.gaussian_attention(q, v)
 
     def rows(self, x, grid, points):
-        """Compute rows of the kernel for the queries alone, see :meth:`BaseAttention.rows`."""
+        """Compute rows of the kernel directly from the queries, see :meth:`BaseAttention.rows`."""
         grid = self.map_grid(grid, x.shape[1])
         with torch.no_grad():
             q, _ = self.project(x, grid)

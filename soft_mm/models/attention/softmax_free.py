@@ -32,7 +32,7 @@ class LandmarkConv(nn.Conv2d):
 
 
 class LandmarkNorm(nn.LayerNorm):
-    """LayerNorm and GELU of the landmarks, in float32 or wider."""
+    """LayerNorm followed by GELU for landmarks, in float32 or wider."""
 
     def forward(self, tokens):
         """Normalise and activate tokens ``(B, h, m, d)``."""
@@ -41,37 +41,39 @@ class LandmarkNorm(nn.LayerNorm):
 
 @MODELS.register_module()
 class SoftmaxFreeAttention(SharedQKAttention):
-    """Attention with a Gaussian kernel instead of softmax. With bounded landmarks it is linear in the tokens.
+    """Attention with a Gaussian kernel instead of softmax. With bounded landmarks, the cost is linear in the tokens.
 
-    Queries and keys are one projection, so the kernel is symmetric. A depthwise convolution of the values is added.
+    Queries and keys share one projection, so the kernel is symmetric. A local branch, which is a depthwise convolution
+    of the values, is added to the output.
 
     Sources: SOFT (arXiv:2110.11945, section 3), SOFT++ (arXiv:2207.03341, section 3). See
     :func:`soft_mm.ops.softmax_free_attention` and :func:`soft_mm.ops.normalized_softmax_free_attention`.
 
     Args:
         embed_dims (int): Channels ``C`` of the tokens.
-        num_heads (int): Heads, a divisor of ``embed_dims``.
+        num_heads (int): Number of heads, a divisor of ``embed_dims``.
         ratio (int): Side of the patch of tokens that becomes one landmark.
         conv_size (int): Side of the filters of the local branch, odd.
         normalized (bool): Use the symmetrically normalised attention of SOFT++. Defaults to False.
         solver (str): ``'newton'``: the authors' truncated Newton inverse. ``'cholesky'``: the ridge inverse, solved
             directly. ``'svd'``: the exact pseudo-inverse, slow. Defaults to ``'newton'``.
-        newton_iterations (int): Iterations of ``'newton'``. Defaults to 20.
-        newton_backward (str): Gradient of plain ``'newton'``: ``'one_step'``, the authors' gradient, or ``'exact'``.
-            All other forms use the gradient of their computed result. Defaults to ``'one_step'``.
-        max_landmarks (int | None): Largest number of landmarks. More are average-pooled on their grid. None is the
-            authors' behaviour: the number of landmarks grows with the tokens. Defaults to None.
-        ridge (float): Added to the diagonal of the landmark kernel by plain ``'newton'`` and by ``'cholesky'``.
-            Defaults to 0.01, as in the authors' code.
-        sampler (str): How to sample one landmark per patch. ``'conv'``: strided convolution, LayerNorm and GELU.
-            ``'mean'``: mean of the queries. ``'random'``: random queries, drawn at each forward in training and fixed
-            in evaluation. Defaults to ``'conv'``.
+        newton_iterations (int): Number of iterations of ``'newton'``. Defaults to 20.
+        newton_backward (str): Gradient of ``'newton'`` with ``normalized=False``: ``'one_step'``, the authors'
+            gradient, or ``'exact'``. All other combinations use the exact gradient. Defaults to ``'one_step'``.
+        max_landmarks (int | None): Largest number of landmarks. If there are more, they are average-pooled on their
+            grid. Defaults to None: no bound, as in the authors' code, so the number of landmarks grows with the tokens.
+        ridge (float): Added to the diagonal of the landmark kernel. ``'svd'``, and ``'newton'`` with
+            ``normalized=True``, have no ridge. Defaults to 0.01, as in the authors' code.
+        sampler (str): How landmarks are sampled, one per patch. ``'conv'``: strided convolution, LayerNorm and GELU.
+            ``'mean'``: mean of the queries. ``'random'``: random queries, drawn in each forward pass in training and
+            fixed in evaluation. Defaults to ``'conv'``.
         seed (int): Seed of ``'random'`` in evaluation. Defaults to 0.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
 
     Raises:
-        ValueError: If an option is out of its range, or has no effect in the chosen form and is not its default.
+        ValueError: If an option is out of its range, or has no effect with the other options and differs from its
+            default.
     """
 
     def __init__(
@@ -120,7 +122,16 @@ class SoftmaxFreeAttention(SharedQKAttention):
         self.proj = nn.Linear(embed_dims, embed_dims)
 
     def attend(self, q, v, grid):
-        """Compute ``P M (P^T v)`` for queries and values ``(B, h, n, d)``. Returns ``(B, h, n, d)``."""
+        """Compute ``P M (P^T v)``.
+
+        Args:
+            q (Tensor): Scaled queries ``(B, h, n, d)``.
+            v (Tensor): Values ``(B, h, n, d)``.
+            grid (tuple[int, int]): ``(H, W)``, or ``(1, n)`` for a sequence.
+
+        Returns:
+            Tensor: ``(B, h, n, d)``.
+        """
         landmarks, pool_factor = self.landmarks(q, grid)
         return ops.blockwise_attention(q, landmarks, v, *self.middle(landmarks, pool_factor))
 
@@ -132,8 +143,8 @@ class SoftmaxFreeAttention(SharedQKAttention):
             grid (tuple[int, int]): ``(H, W)``, or ``(1, n)`` for a sequence.
 
         Returns:
-            tuple[Tensor, float]: Landmarks ``(B, h, m, d)`` and the pool factor: the number of landmarks without a
-            bound, divided by ``m``.
+            tuple[Tensor, float]: Landmarks ``(B, h, m, d)``, and the pool factor ``M / m``, where ``M`` is the number
+            of landmarks without a bound.
         """
         if self.sampler == 'conv':
             sampled, sampled_grid = self.landmark(q, grid)
@@ -148,7 +159,15 @@ class SoftmaxFreeAttention(SharedQKAttention):
         return ops.random_landmarks(wide, count, generator), unbounded / count
 
     def middle(self, landmarks, pool_factor):
-        """Compute ``M`` or its inverse from the landmarks, see :func:`soft_mm.ops.middle_matrix`."""
+        """Compute the matrix ``M`` or its inverse, see :func:`soft_mm.ops.middle_matrix`.
+
+        Args:
+            landmarks (Tensor): ``(B, h, m, d)``.
+            pool_factor (float): See :meth:`landmarks`.
+
+        Returns:
+            tuple[Tensor, bool]: Matrix ``(B, h, m, m)``, and whether it is the inverse of ``M``.
+        """
         return ops.middle_matrix(
             landmarks,
             normalized=self.normalized,

@@ -1,5 +1,5 @@
 # ListOps of Long Range Arena for mmpretrain, as written by `python -m projects.listops.make_listops data/listops`.
-# Sequences have fewer than 2000 tokens; every batch is padded to `length`.
+# Sequences have fewer than 2000 tokens. Every batch is padded to `length`.
 data_root = 'data/listops/'
 length = 2048
 batch_size = 32

@@ -1,6 +1,7 @@
-# Scenes of 256x256. Training scenes are composed on the fly. Validation scenes are read from disk; write them with
-# `python -m projects.photo_digits.make_dataset`. Do not add flips: a mirrored digit is not the same digit.
-# Training scenes are smaller, with digits of the same size: they cost less, and digits cover more of their pixels.
+# Scenes of 256x256 pixels. Training scenes are composed on the fly. Validation scenes are read from disk and written by
+# `python -m projects.photo_digits.make_dataset`. Flips must not be added, because a mirrored digit has no class.
+# Training scenes are smaller than validation scenes, with digits of the same size: they cost less, and digits cover a
+# larger part of them.
 data_root = 'data/photo_digits_demo/'
 batch_size = 4
 scale = (256, 256)
