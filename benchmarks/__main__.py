@@ -78,19 +78,19 @@ def build_parser():
     )
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:i (default: %(default)s)')
     parser.add_argument(
-        '--repeats', type=int, default=7, help='number of measurements of a point (default: %(default)s)'
+        '--repeats', type=int, default=7, help='number of measurements per target and size (default: %(default)s)'
     )
     parser.add_argument(
         '--seconds',
         type=float,
         default=30.0,
-        help='start no further repeat of a point after this many seconds (default: %(default)s)',
+        help='per target and size, start no further repeat after this many seconds (default: %(default)s)',
     )
     parser.add_argument(
         '--time-limit',
         type=float,
         default=300.0,
-        help='stop the measurement of a point after this many seconds (default: %(default)s)',
+        help='stop measuring a target at a size after this many seconds (default: %(default)s)',
     )
     parser.add_argument(
         '--max-memory',
@@ -99,7 +99,7 @@ def build_parser():
         help='memory limit of a measurement on the CPU in GiB (default: 3/4 of the available memory)',
     )
     parser.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure peak memory')
-    parser.add_argument('--heads', type=int, default=2, help='heads of an operator (default: %(default)s)')
+    parser.add_argument('--heads', type=int, default=2, help='number of heads of an operator (default: %(default)s)')
     parser.add_argument(
         '--head-dims', type=int, default=32, help='channels per head of an operator (default: %(default)s)'
     )

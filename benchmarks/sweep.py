@@ -24,7 +24,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Settings of a sweep.
+    """Settings of a sweep. A point is one target at one size.
 
     Attributes:
         train: Whether to run forward and backward, instead of forward only.
@@ -35,7 +35,7 @@ class SweepOptions:
         time_limit: Time in seconds after which the measurement of a point is stopped.
         max_memory: Memory limit of a measurement on the CPU in GiB. None means three quarters of the available memory.
         memory: Whether to measure peak memory.
-        heads: Heads of an operator.
+        heads: Number of heads of an operator.
         head_dims: Channels per head of an operator.
     """
 

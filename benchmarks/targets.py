@@ -209,7 +209,7 @@ def build_step(target, size, batch_size, train, device, heads=2, head_dims=32):
         batch_size (int): Number of images or sequences.
         train (bool): Whether to run forward and backward, instead of forward only.
         device (torch.device | str): Device to compute on.
-        heads (int): Heads of an operator. Defaults to 2.
+        heads (int): Number of heads of an operator. Defaults to 2.
         head_dims (int): Channels per head of an operator. Defaults to 32.
 
     Returns:

@@ -18,7 +18,7 @@ def image_attention(model, image, points, stage, block=-1):
         model (nn.Module): Model of :func:`soft_mm.inference.load_model` with a SOFT backbone.
         image (ndarray): ``(H, W, 3)``, RGB, 0 to 255.
         points (list[tuple[int, int]]): Query pixels ``(x, y)``.
-        stage (int): Stage, 1 to 3.
+        stage (int): Stage from 1 to 3. Stage 4 has another attention.
         block (int): Block of the stage, counted from 0, or from the end if negative. Defaults to -1.
 
     Returns:
@@ -26,7 +26,7 @@ def image_attention(model, image, points, stage, block=-1):
 
     Raises:
         ValueError: If the model has no SOFT backbone, its attention has no method ``rows``, or a point, the stage or
-            the block does not exist.
+            the block is out of range.
     """
     if not isinstance(getattr(model, 'backbone', None), SOFT):
         raise ValueError(
@@ -40,7 +40,7 @@ def image_attention(model, image, points, stage, block=-1):
             )
     stages = model.backbone.stages[:3]
     if not 1 <= stage <= len(stages):
-        raise ValueError(f'stage {stage} does not exist: expected 1 to {len(stages)}, the stages with this attention')
+        raise ValueError(f'stage={stage}: expected an integer from 1 to {len(stages)}')
     blocks = stages[stage - 1].blocks
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(f'block {block} does not exist: stage {stage} has {len(blocks)} blocks, counted from 0')

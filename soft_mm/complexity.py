@@ -1,4 +1,4 @@
-"""Count the parameters and multiply-adds of a model, including attention products and the Cholesky solve."""
+"""Parameters and multiply-adds of a model, including those of attention products and the Cholesky solve."""
 
 import functools
 import math
@@ -159,7 +159,7 @@ def config_complexity(config, shape, backbone_only=False):
     """Count the parameters and multiply-adds of the model of a config for one input.
 
     Classifiers and segmentors run on tensors without data, which costs no computation. Detectors select proposals by
-    their values, and some heads use kernels of mmcv, so these models are really computed.
+    their values, and some heads use kernels of mmcv, so these models run on tensors with data.
 
     Args:
         config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.

@@ -28,7 +28,7 @@ def find_images(path):
 
     Raises:
         FileNotFoundError: If the file or folder does not exist.
-        ValueError: If a file cannot be read as an image, or the folder holds none.
+        ValueError: If a file cannot be read as an image, or the folder contains no images.
     """
     from PIL import Image
 

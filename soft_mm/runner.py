@@ -28,7 +28,9 @@ def runner_parser(description):
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder of logs and checkpoints (default: work_dirs/<config name>)')
     parser.add_argument('--amp', action='store_true', help='use automatic mixed precision')
-    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher')
+    parser.add_argument(
+        '--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='launcher of a distributed job'
+    )
     # torch.distributed.launch passes this argument, but mmengine reads the environment variable LOCAL_RANK.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -42,7 +44,7 @@ def load_config(parser, args):
 
     Args:
         parser (argparse.ArgumentParser): Parser of :func:`runner_parser`.
-        args (argparse.Namespace): Its parsed arguments.
+        args (argparse.Namespace): Parsed arguments.
 
     Returns:
         Config: The config.

@@ -124,7 +124,7 @@ def test_points_are_pixels_of_the_image():
     assert image_attention(model, image, [(1, 1)], stage=3, block=0).shape == (1, 3, 4, 6)
     for arguments, message in (
         (([(96, 0)], 1), 'point 96,0 is outside the image of 96x64'),
-        (([(0, 0)], 4), 'stage 4 does not exist'),
+        (([(0, 0)], 4), 'stage=4: expected an integer from 1 to'),
         (([(0, 0)], 2, 1), 'block 1 does not exist: stage 2 has 1'),
     ):
         with pytest.raises(ValueError, match=message):

@@ -18,7 +18,10 @@ def main():
         try:
             cfg = load_config(parser, args)
             # Read safely first, because mmengine would run code in the file.
-            cfg.load_from, weights = read_whole_model(args.checkpoint)
+            try:
+                cfg.load_from, weights = read_whole_model(args.checkpoint)
+            except FileNotFoundError as error:
+                parser.error(str(error))
             # The checkpoint sets every weight, so pretrained weights are not needed.
             cfg.model.backbone.init_cfg = None
             if args.amp:

@@ -76,7 +76,7 @@ def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, wo
         groups={title: list(group) for title, group in groups.items()},
         cases={name: dict(options=study.cases[name], **costs[name], runs=[]) for name in names},
     )
-    # The outer loop runs over the seeds, so that an interrupted study leaves a complete comparison for each seed.
+    # The outer loop runs over the seeds, so that an interrupted study has complete results for its first seeds.
     for seed in seeds:
         console.rule(f'{study.name}: data of seed {seed}')
         data = study.prepare(seed, quick)

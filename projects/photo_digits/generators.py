@@ -118,7 +118,7 @@ class _Generator:
 
 
 class SceneGenerator(_Generator):
-    """Generate pictures with several digits, for detection, instance and semantic segmentation.
+    """Generator of pictures with several digits, for detection, instance and semantic segmentation.
 
     Args:
         split (str): ``'train'`` or ``'val'``.
@@ -168,8 +168,8 @@ class SceneGenerator(_Generator):
         if self.num_digits[0] > 1 and needed > available:  # a single digit always finds room
             raise ValueError(
                 f'{self.num_digits[0]} digits with a side of {self.digit_size[0]} pixels need {needed} pixels: '
-                f'expected at most {available}, half of a scene of size {self.size}; reduce num_digits or digit_size, or '
-                'increase size'
+                f'expected at most {available}, half of a scene of size {self.size}; reduce num_digits or digit_size, '
+                'or increase size'
             )
 
     def generate(self, index):
@@ -216,7 +216,7 @@ class SceneGenerator(_Generator):
 
 
 class CropGenerator(_Generator):
-    """Generate pictures of a single digit, for classification.
+    """Generator of pictures of a single digit, for classification.
 
     Args:
         split (str): ``'train'`` or ``'val'``.

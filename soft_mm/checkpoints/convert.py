@@ -78,7 +78,7 @@ def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
     target = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
     diff = compare_state_dicts({key: value for key, value in ours.items() if not key.startswith('head.fc.')}, target)
     if diff.missing or diff.unexpected or diff.misshapen:
-        raise ValueError(f'the weights are not those of one SOFT model, so the file may be modified: {diff}')
+        raise ValueError(f"the weights do not form a SOFT model: {diff}; give the authors' unmodified file")
     known = {_arch_key(facts): known for known, facts in SOFT.arch_zoo.items()}
     named = known.get(_arch_key(arch)) if _usual(arch) else None
     unused = () if name == 'bare' else tuple(str(key) for key in checkpoint if key != name)
@@ -156,8 +156,8 @@ def _read_classes(ours):
     if weight is None or bias is None or weight.ndim != 2 or len(weight) != len(bias):
         shapes = [None if value is None else tuple(value.shape) for value in (weight, bias)]
         raise ValueError(
-            f'the classifier must have one number of classes: weight {shapes[0]}, bias {shapes[1]}: expected '
-            '(classes, channels) and (classes,); or convert the backbone only'
+            f'classifier: weight {shapes[0]}, bias {shapes[1]}: expected (classes, channels) and (classes,); to leave '
+            'out the classifier, use --backbone-only'
         )
     return len(weight)
 

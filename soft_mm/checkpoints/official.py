@@ -27,6 +27,7 @@ _SOFTMAX_BLOCK = {
 }
 # Number of equal parts in the rows of a stacked layer. The first of the authors' layers is one part.
 _FIRST_SHARE = {'attn.qv': 2, 'attn.qkv': 3}
+_EXPECTED = "of the authors' SOFT classifiers: only checkpoints of their classification code can be converted"
 
 
 def _block_table(stage):
@@ -59,7 +60,7 @@ def from_official(state_dict):
                     out[name] = value
                     break
             else:
-                raise ValueError(f"{key!r} is not a key of the authors' SOFT models")
+                raise ValueError(f'{key!r} is not a key {_EXPECTED}')
         elif match := re.fullmatch(r'patch_embed([1-4])\.proj\.(.+)', key):
             out[f'backbone.stages.{int(match[1]) - 1}.patch_embed.{match[2]}'] = value
         elif match := re.fullmatch(r'pos_embed([1-4])', key):
@@ -78,10 +79,14 @@ def from_official(state_dict):
         elif key.startswith('head.'):
             out[f'head.fc.{key[5:]}'] = value
         else:
-            raise ValueError(f"{key!r} is not a key of the authors' SOFT models")
+            raise ValueError(f'{key!r} is not a key {_EXPECTED}')
     for name, values in pieces.items():
         if any(value is None for value in values):
-            raise ValueError(f"{name!r} is stacked from {len(values)} of the authors' layers, and some are missing")
+            present = sum(value is not None for value in values)
+            raise ValueError(
+                f"{name!r} is stacked from {len(values)} of the authors' layers, but the checkpoint has {present} of "
+                'them: give a complete checkpoint'
+            )
         shapes = [tuple(value.shape) for value in values]
         if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
             raise ValueError(f"{name!r} is stacked from the authors' layers, whose shapes {shapes} do not fit together")
@@ -106,7 +111,7 @@ def to_official(state_dict):
         if match := re.fullmatch(r'backbone\.stages\.([0-3])\.blocks\.(\d+)\.(.+)\.(weight|bias)', key):
             stage, block, layer, kind = int(match[1]), match[2], match[3], match[4]
             if layer not in _block_table(stage):
-                raise ValueError(f'{key!r} is not a key of a SOFT classifier')
+                raise ValueError(f'{key!r} is not a key of a SOFT classifier: expected backbone.* and head.fc.*')
             theirs = _block_table(stage)[layer]
             first = len(value) // _FIRST_SHARE[layer] if len(theirs) > 1 else len(value)
             for name, rows in zip(theirs, (value[:first], value[first:])):
@@ -123,5 +128,5 @@ def to_official(state_dict):
         elif match := re.fullmatch(r'head\.fc\.(weight|bias)', key):
             out[f'head.{match[1]}'] = value
         elif key != 'backbone.stages.3.cls_pos_embed':
-            raise ValueError(f'{key!r} is not a key of a SOFT classifier')
+            raise ValueError(f'{key!r} is not a key of a SOFT classifier: expected backbone.* and head.fc.*')
     return out

@@ -94,7 +94,7 @@ def parse_outputs(out_indices, out_type):
     """Check ``out_indices`` and ``out_type``.
 
     Args:
-        out_indices (int | Sequence[int]): Stages, counted from 0.
+        out_indices (int | Sequence[int]): Indices of stages, counted from 0.
         out_type (str): One of :data:`OUT_TYPES`.
 
     Returns:
@@ -109,11 +109,11 @@ def parse_outputs(out_indices, out_type):
     valid = all(is_integer(index, 0) and index < NUM_STAGES for index in given)
     if not given or not valid or list(given) != sorted(set(given)):
         raise ValueError(
-            f'out_indices={out_indices!r}: expected stages from 0 to {NUM_STAGES - 1}, each once, in ascending order'
+            f'out_indices={out_indices!r}: expected indices from 0 to {NUM_STAGES - 1}, each once, in ascending order'
         )
     if out_type == 'cls_token' and given[-1] != NUM_STAGES - 1:
         raise ValueError(
-            f"out_type='cls_token' needs stage {NUM_STAGES - 1} in out_indices, got out_indices={out_indices!r}"
+            f"out_type='cls_token' needs index {NUM_STAGES - 1} (stage {NUM_STAGES}), got out_indices={out_indices!r}"
         )
     return given, out_type
 

@@ -105,7 +105,7 @@ class SoftmaxFreeBlock(BaseModule):
     Args:
         embed_dims (int): Channels ``C``.
         num_heads (int): Number of heads.
-        ratio (int): Side of the patch of a landmark.
+        ratio (int): Side of the patch of tokens that becomes one landmark.
         conv_size (int): Side of the filters of the local branch.
         attention (dict): Config of the attention, see :func:`~soft_mm.models.attention.build_attention`.
         drop_path (float): Rate of stochastic depth in both branches. Defaults to 0.

@@ -155,17 +155,17 @@ class SOFT(BaseModule):
 
     Args:
         arch (str | dict): ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, ``'huge'``, or a dict. A dict needs
-            ``embed_dims``, ``num_heads`` and ``depths`` with four integers each. It may have ``ratios``, the side of
-            the patch of a landmark, with four integers (default ``(8, 4, 2, 1)``), and ``conv_sizes``, the side of the
-            filters of the local branch, with three odd integers (default ``(9, 5, 3)``). The last ratio must be 1,
-            because stage 4 has no landmarks. Defaults to ``'tiny'``.
+            ``embed_dims``, ``num_heads`` and ``depths`` with four integers each. It may have ``ratios``, four
+            integers: the side of the patch of tokens that becomes one landmark (default ``(8, 4, 2, 1)``; the last must
+            be 1, because stage 4 has no landmarks). It may have ``conv_sizes``, three odd integers: the side of the
+            filters of the local branch (default ``(9, 5, 3)``). Defaults to ``'tiny'``.
         attention (dict | list[dict] | None): Attention of stages 1 to 3: one dict for all, or a list of three. Missing
             keys take their defaults, see :class:`SoftmaxFreeAttention`. Defaults to None:
             ``dict(type='SoftmaxFreeAttention')``.
-        out_indices (int | Sequence[int]): Stages whose outputs are returned, counted from 0. Stages after the last one
-            are not built. Defaults to ``(0, 1, 2, 3)``.
+        out_indices (int | Sequence[int]): Indices of the stages whose outputs are returned: 0 for stage 1, 3 for
+            stage 4. Stages after the last one are not built. Defaults to ``(0, 1, 2, 3)``.
         out_type (str): ``'featmap'``: all outputs are maps. ``'cls_token'``: the last output is the class token, which
-            needs stage 3 in ``out_indices``. Defaults to ``'featmap'``.
+            needs the index 3 in ``out_indices``. Defaults to ``'featmap'``.
         in_channels (int): Channels of the image. Defaults to 3.
         img_size (int | tuple[int, int]): Image size in pixels, or (height, width), for which position embeddings are
             learned. The forward pass resizes them for images of another size. Loading a checkpoint resizes its position
@@ -305,7 +305,9 @@ class SOFT(BaseModule):
             module.requires_grad_(False)
 
     def train(self, mode=True):
-        """Set training or evaluation mode. Frozen stages and, with ``norm_eval``, every BatchNorm stay in evaluation.
+        """Set training or evaluation mode.
+
+        Frozen stages, and with ``norm_eval`` every BatchNorm, always stay in evaluation mode.
 
         Args:
             mode (bool): Whether to set training mode. Defaults to True.

@@ -95,7 +95,7 @@ def performer_attention(q, k, v, features, eps=1e-6):
     def logits(x):
         return x @ features.T - x.square().sum(-1, keepdim=True) / 2
 
-    # A factor common to all keys, or to all features of a query, cancels in the quotient.
+    # The maximum is subtracted to avoid overflow. The common factor cancels in the quotient.
     q, k = logits(q), logits(k)
     q = (q - q.detach().amax(-1, keepdim=True)).exp() + eps
     k = (k - k.detach().amax((-2, -1), keepdim=True)).exp() + eps

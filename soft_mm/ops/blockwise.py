@@ -6,8 +6,8 @@ from torch.autograd.function import once_differentiable
 
 from .kernel import compute_dtype, gaussian_kernel, is_compiling, without_autocast
 
-# Entries of P in one chunk. On a CPU a chunk should fit in the cache. An accelerator needs large products: 2^24 entries
-# are 64 MiB.
+# Number of entries of P per chunk. On a CPU, a chunk should fit in the cache. An accelerator needs large products to be
+# fast: 2^24 entries in float32 are 64 MiB.
 _CHUNK_ENTRIES = {'cpu': 2**19}
 _ACCELERATOR_ENTRIES = 2**24
 
@@ -148,8 +148,8 @@ class _BlockwiseAttention(torch.autograd.Function):
 def blockwise_attention(q, landmarks, v, matrix, inverted=False):
     """Compute ``P M (P^T v)`` with ``P = g(q, l)``. The memory grows with ``n d + m^2``, not with ``n m``.
 
-    The product is evaluated from right to left, so a product with ``P`` takes ``n m d`` multiply-adds (SOFT, section
-    3.2).
+    The product is evaluated from right to left, so that nothing of size ``n x n`` is formed (SOFT, section 3.2). Each
+    product with ``P`` takes ``n m d`` multiply-adds.
 
     Args:
         q (Tensor): Scaled queries ``(B, h, n, d)``.

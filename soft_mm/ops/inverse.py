@@ -60,8 +60,8 @@ def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
     """Compute the truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.2).
 
     ``V_0 = alpha A'`` with ``A' = A + ridge * I`` and ``alpha = 1.8 / (largest row sum of A)^2``, then
-    ``V <- 2V - V A' V``. If some landmarks are nearly equal, the iterations do not converge within ``iterations``, and
-    the result differs from the inverse.
+    ``V <- 2V - V A' V``. If some landmarks are nearly equal, 20 iterations are too few to converge, and the result
+    differs from the inverse.
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric with entries in [0, 1].

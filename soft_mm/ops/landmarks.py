@@ -107,7 +107,7 @@ def pool_landmarks(landmarks, grid, max_landmarks):
 
     Args:
         landmarks (Tensor): ``(B, h, M, d)``.
-        grid (tuple[int, int]): Their grid, with ``M`` cells.
+        grid (tuple[int, int]): Grid of the landmarks, with ``M`` cells.
         max_landmarks (int | None): Largest number of landmarks. None keeps all.
 
     Returns:
@@ -126,7 +126,7 @@ def mean_landmarks(tokens, grid, out_grid):
 
     Args:
         tokens (Tensor): ``(B, h, n, d)``.
-        grid (tuple[int, int]): Their grid.
+        grid (tuple[int, int]): Grid of the tokens.
         out_grid (tuple[int, int]): Grid of the landmarks.
 
     Returns:

@@ -208,7 +208,7 @@ def save(change):
         (lambda path: None, 'does not exist'),
         (lambda path: torch.save([1, 2], path), 'holds a list'),
         (lambda path: torch.save({'layer1.0.weight': torch.zeros(2)}, path), 'not a SOFT model of the authors'),
-        (save(lambda d: d.update({'head.bias': torch.zeros(10)})), 'number of classes: weight (1000, 512), bias (10,)'),
+        (save(lambda d: d.update({'head.bias': torch.zeros(10)})), 'classifier: weight (1000, 512), bias (10,)'),
         (save(lambda d: d.update({'block2.0.att.ff1.weight': torch.zeros(4, 4)})), '1 of another shape'),
         (save(lambda d: d.pop('norm.weight')), "1 missing ['backbone.stages.3.norm.weight']"),
         (save(lambda d: d.update({'neck.weight': torch.zeros(1)})), "'neck.weight' is not a key"),

@@ -1,5 +1,6 @@
 """The plain reference against what the authors' attention computed."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,11 @@ def test_reference_reproduces_authors_attention(kind, regime):
 
 
 def imported(path):
-    """The packages that a file imports; '' for its siblings."""
-    lines = path.read_text().splitlines()
-    return {line.split()[1].split('.')[0] for line in lines if line.lstrip().startswith(('import ', 'from '))}
+    """Return the packages that a file imports, '' for its siblings."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += ['' if node.level else node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split('.')[0] for name in names}
 
 
 def test_reference_needs_torch_alone_and_ops_nothing_of_the_package():

@@ -203,7 +203,7 @@ def test_invalid_arguments_are_reported(faked, arguments, message):
 def test_markdown_has_a_row_per_case_and_warns_about_the_quick_form(faked):
     assert 'over 1 seed,' in markdown(compare_attention('photo-digits', ['sampler'], quick=True, jobs=2))
     text = markdown(compare_attention('photo-digits', ['sampler'], quick=True, seeds=(0, 1), jobs=2))
-    assert 'these accuracies mean nothing' in text
+    assert 'these accuracies are meaningless' in text
     lines = [line.split(' | ') for line in text.splitlines() if line.startswith('| ')]
     assert len({len(line) for line in lines}) == 1
     assert [line[0] for line in lines] == ['| sampler', '| SOFT', '| sampler mean', '| sampler random']

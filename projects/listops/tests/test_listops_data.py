@@ -309,9 +309,9 @@ def test_missing_file_error_names_the_command_that_writes_it(tmp_path):
     [
         ('', "basic_train.tsv is '': expected"),
         ('[MAX 2 9 ]\t9\n', r"first line of .*basic_train.tsv is '\[MAX 2 9 ]\\t9'"),
-        ('Source\tTarget\n[MAX 2 9 ]\t9\n[MAX 2 9 ]\t10\n', r'basic_train.tsv, line 3: .* a tab, and a digit'),
-        ('Source\tTarget\n[MAX 2 9 ] 9\n', 'line 2: .* a tab, and a digit'),
-        ('Source\tTarget\n[MAX 2 9 ]\t\n', 'line 2: .* a tab, and a digit'),
+        ('Source\tTarget\n[MAX 2 9 ]\t9\n[MAX 2 9 ]\t10\n', r'basic_train.tsv, line 3: .* a tab and a digit'),
+        ('Source\tTarget\n[MAX 2 9 ] 9\n', 'line 2: .* a tab and a digit'),
+        ('Source\tTarget\n[MAX 2 9 ]\t\n', 'line 2: .* a tab and a digit'),
         ('Source\tTarget\n[MAX 2 <pad> ]\t2\n', "line 2: unknown token '<pad>': expected"),
         ('Source\tTarget\n[FIRST 2 9 ]\t2\n', r"line 2: unknown token '\[FIRST': expected"),
     ],

@@ -222,8 +222,8 @@ def test_bad_options(generator, options, message):
         (SceneGenerator, dict(size=64, num_digits=(40, 50)), 'reduce num_digits'),
         (CropGenerator, dict(digit_size=(0.9, 0.5)), r'digit_size=\(0.9, 0.5\): .* 0 <= smallest <= largest <= 1'),
         (CropGenerator, dict(digit_size=(0.5, 1.2)), r'digit_size=\(0.5, 1.2\): '),
-        (CropGenerator, dict(digit_size=(0.05, 0.9)), r'digit_size=\(0.05, 0.9\): .*starts at 8 pixels or more'),
-        (CropGenerator, dict(digit_size=(0.501, 0.502)), r'digit_size=\(0.501, 0.502\): .*64 pixels'),
+        (CropGenerator, dict(digit_size=(0.05, 0.9)), r'digit_size=\(0.05, 0.9\) is .*starts at 8 pixels or more'),
+        (CropGenerator, dict(digit_size=(0.501, 0.502)), r'digit_size=\(0.501, 0.502\) is .*64 pixels'),
     ],
 )
 def test_bad_options_of_one_kind(generator, options, message):

@@ -282,7 +282,7 @@ def build_attention(cfg, embed_dims, num_heads, ratio, conv_size, grid=None):
             ``'SoftmaxFreeAttention'``. Missing options take the defaults of the type.
         embed_dims (int): Channels ``C``.
         num_heads (int): Number of heads.
-        ratio (int): Side of the patch of a landmark.
+        ratio (int): Side of the patch of tokens that becomes one landmark.
         conv_size (int): Side of the filters of the local branch.
         grid (tuple[int, ...] | None): Value of the option ``grid``, for types that have it, unless ``cfg`` sets it.
             Defaults to None: the default of the type.

@@ -18,7 +18,7 @@ class LandmarkConv(nn.Conv2d):
 
     Args:
         head_dims (int): Channels ``d`` of a head.
-        ratio (int): Kernel and stride.
+        ratio (int): Side of the kernel, and stride.
         grid_dims (int): 2 for maps, 1 for sequences.
     """
 
@@ -55,8 +55,8 @@ class SoftmaxFreeAttention(SharedQKAttention):
         ratio (int): Side of the patch of tokens that becomes one landmark.
         conv_size (int): Side of the filters of the local branch, odd.
         normalized (bool): Use the symmetrically normalised attention of SOFT++. Defaults to False.
-        solver (str): ``'newton'``: the authors' truncated Newton inverse. ``'cholesky'``: the ridge inverse, solved
-            directly. ``'svd'``: the exact pseudo-inverse, slow. Defaults to ``'newton'``.
+        solver (str): ``'newton'``: the authors' truncated Newton inverse. ``'cholesky'``: the inverse with a ridge,
+            computed by a Cholesky factorisation. ``'svd'``: the exact pseudo-inverse, slow. Defaults to ``'newton'``.
         newton_iterations (int): Number of iterations of ``'newton'``. Defaults to 20.
         newton_backward (str): Gradient of ``'newton'`` with ``normalized=False``: ``'one_step'``, the authors'
             gradient, or ``'exact'``. All other combinations use the exact gradient. Defaults to ``'one_step'``.
