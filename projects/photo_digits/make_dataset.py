@@ -13,7 +13,9 @@ def build_parser():
         argparse.ArgumentParser: The parser.
     """
     parser = argparse.ArgumentParser('python -m projects.photo_digits.make_dataset', description=__doc__)
-    parser.add_argument('out', help='folder to write: new, empty, or written by this program before')
+    parser.add_argument(
+        'out', help='folder to write: new, empty, or written by this program before; other data in it are then replaced'
+    )
     parser.add_argument('--split', nargs='+', choices=SPLITS, default=SPLITS, help='splits to write (default: both)')
     parser.add_argument('--crops', type=int, default=1000, help='number of crops per split (default: %(default)s)')
     parser.add_argument('--scenes', type=int, default=200, help='number of scenes per split (default: %(default)s)')

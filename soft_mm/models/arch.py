@@ -87,6 +87,8 @@ def parse_attention(attention):
         attention = [attention] * (NUM_STAGES - 1)
     if len(attention) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in attention):
         raise ValueError(f'attention={attention!r}: expected None, a dict, or a list of three dicts for stages 1 to 3')
+    if any(cfg.get('grid_dims', 2) != 2 for cfg in attention):
+        raise ValueError(f'attention={attention!r}: expected grid_dims=2, because images have two sides; leave it out')
     return attention
 
 

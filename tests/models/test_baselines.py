@@ -19,7 +19,7 @@ from soft_mm.models import (
 )
 
 SHAPE = dict(embed_dims=16, num_heads=2, ratio=2, conv_size=3)
-RIVALS = [
+BASELINES = [
     SoftmaxAttention,
     LinformerAttention,
     PerformerAttention,
@@ -35,11 +35,11 @@ SAMPLERS = [dict(sampler='conv'), dict(sampler='mean'), dict(sampler='random'), 
 
 def modules(**shape):
     """Every type, and SOFT's own with each sampler."""
-    yield from (kind(**(SHAPE | shape)) for kind in RIVALS)
+    yield from (kind(**(SHAPE | shape)) for kind in BASELINES)
     yield from (SoftmaxFreeAttention(**(SHAPE | shape), **options) for options in SAMPLERS)
 
 
-@pytest.mark.parametrize('index', range(len(RIVALS) + len(SAMPLERS)))
+@pytest.mark.parametrize('index', range(len(BASELINES) + len(SAMPLERS)))
 @pytest.mark.parametrize('grid', [(5, 7), (14, 14), (1, 9), (35,), (1,)])
 def test_tokens_in_tokens_out_with_gradients(index, grid):
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def test_tokens_in_tokens_out_with_gradients(index, grid):
 
 # The grid that Linformer learns has other sides.
 @pytest.mark.parametrize(
-    'index', [i for i in range(len(RIVALS) + len(SAMPLERS)) if i != RIVALS.index(LinformerAttention)]
+    'index', [i for i in range(len(BASELINES) + len(SAMPLERS)) if i != BASELINES.index(LinformerAttention)]
 )
 def test_a_sequence_is_a_map_of_one_row(index):
     """The filters of a sequence are one row of those of a map, in which the others are empty."""
@@ -77,7 +77,7 @@ def test_a_sequence_is_a_map_of_one_row(index):
     assert torch.allclose(flat(tokens, (24,)), wide(tokens, (1, 24)), atol=1e-10)
 
 
-@pytest.mark.parametrize('index', range(len(RIVALS) + len(SAMPLERS)))
+@pytest.mark.parametrize('index', range(len(BASELINES) + len(SAMPLERS)))
 def test_an_image_does_not_depend_on_its_batch(index):
     torch.manual_seed(0)
     module = list(modules())[index].double().eval()
@@ -86,7 +86,7 @@ def test_an_image_does_not_depend_on_its_batch(index):
     assert torch.allclose(together[1:2], module(tokens[1:2], (5, 7)), atol=1e-10)
 
 
-@pytest.mark.parametrize('kind', RIVALS)
+@pytest.mark.parametrize('kind', BASELINES)
 def test_in_the_backbone_and_in_the_registry(kind):
     torch.manual_seed(0)
     backbone = SOFT(REDUCED, attention=dict(type=kind.__name__))

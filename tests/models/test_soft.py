@@ -393,6 +393,7 @@ BAD_OPTIONS = [
     (dict(attention=dict(newton_iterations=2.5)), ValueError, 'newton_iterations=2.5: expected an integer'),
     (dict(attention=dict(max_landmarks=0)), ValueError, 'max_landmarks=0: expected None or an integer >= 1'),
     (dict(attention=dict(normalized='yes')), ValueError, "normalized='yes': expected"),
+    (dict(attention=dict(grid_dims=1)), ValueError, 'expected grid_dims=2'),
     (dict(attention=[{}, {}]), ValueError, 'or a list of three dicts'),
     (dict(attention='SoftmaxFreeAttention'), ValueError, 'expected None, a dict'),
     (dict(out_type='avg'), ValueError, "out_type='avg' is unknown; choose one of \\('featmap', 'cls_token'\\)"),
