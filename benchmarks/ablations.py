@@ -139,7 +139,7 @@ def compute_local_over_heads(model):
 def compute_mlps_at_once(model):
     """Replace the MLPs of a model by plain sequences of their layers, in place.
 
-    These hold the whole hidden layer and recompute nothing.
+    The sequences hold the whole hidden layer and recompute nothing.
     """
     _replace_modules(model, MLP, lambda mlp: nn.Sequential(OrderedDict(mlp.named_children())))
 
@@ -164,7 +164,7 @@ REPLACEMENTS = {
 }
 #: All ablations.
 ABLATIONS = (*ATTENTIONS, *REPLACEMENTS)
-#: Ablations that also change an attention operator alone, which has no projections and no local branch.
+#: Ablations that also apply to an attention operator, which has no projections and no local branch.
 OPERATOR_ABLATIONS = ('composed-autograd', 'held-kernel')
 #: Ablations that work in evaluation mode only.
 EVALUATION_ONLY = ('fused-batchnorm',)

@@ -54,8 +54,8 @@ class SweepOptions:
 def run_sweep(targets, sizes, options, peer=None, console=None):
     """Measure every target at every size, each in a separate process.
 
-    The status of a row says whether its measurement failed, ran out of memory or exceeded the time limit. After one of
-    the latter two, larger sizes of the same target are not tried. If only the peer fails, the row has no ratio.
+    The status of a row says whether its measurement failed, ran out of memory or exceeded the time limit. If memory or
+    time is exceeded, larger sizes of the same target are not tried. If only the peer fails, the row has no ratio.
 
     Args:
         targets (list[Target]): Targets to measure.

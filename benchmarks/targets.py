@@ -126,7 +126,7 @@ def parse_target(text):
 def _parse_operator(text, config, ablation):
     if ablation and ablation not in OPERATOR_ABLATIONS:
         raise ValueError(
-            f'{text!r}: ablation {ablation!r} changes nothing in an operator alone; choose one of '
+            f'{text!r}: ablation {ablation!r} does not apply to an operator; choose one of '
             f'{list(OPERATOR_ABLATIONS)}, or measure a backbone'
         )
     try:

@@ -8,7 +8,7 @@ def read_manifest(path, name):
 
     Args:
         path (Path): Manifest file in the folder of the data set.
-        name (str): Name of the data set. The entry ``name`` of the manifest must be equal.
+        name (str): Name of the data set. The manifest must hold the same ``name``.
 
     Returns:
         dict | None: The manifest, with the dict ``options`` of the data set and the flag ``complete``. None if the

@@ -14,7 +14,7 @@ def build_parser():
     """
     parser = argparse.ArgumentParser('python -m projects.photo_digits.make_dataset', description=__doc__)
     parser.add_argument(
-        'out', help='folder to write: new, empty, or written by this program before; other data in it are then replaced'
+        'out', help='folder to write: new, empty, or written by this program before; its data set is then replaced'
     )
     parser.add_argument('--split', nargs='+', choices=SPLITS, default=SPLITS, help='splits to write (default: both)')
     parser.add_argument('--crops', type=int, default=1000, help='number of crops per split (default: %(default)s)')

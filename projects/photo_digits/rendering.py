@@ -25,7 +25,7 @@ class Scene:
         masks (np.ndarray): (K, H, W) bool, visible pixels. Masks do not overlap.
         areas (np.ndarray): (K,) int64, numbers of visible pixels.
         full_boxes (np.ndarray): (K, 4) float32, xyxy in pixels, tight around the whole digit, hidden parts included.
-        full_areas (np.ndarray): (K,) int64, numbers of pixels of the whole digits.
+        full_areas (np.ndarray): (K,) int64, numbers of pixels of the whole digits, hidden parts included.
         semantic (np.ndarray): (H, W) uint8, 0 for background and class + 1 for digits.
     """
 
@@ -117,7 +117,7 @@ class Canvas:
 
 
 def _draw_colour(rng, below):
-    """Draw a random colour (3,) that contrasts with the pixels below. The contrast grows with their deviation."""
+    """Draw a random colour (3,) that contrasts with the pixels below, and more so if these vary strongly."""
     candidates = rng.integers(0, 256, (16, 3)).astype(np.float32)
     luma = candidates @ np.array([0.114, 0.587, 0.299], np.float32)
     mean, deviation = (float(value[0, 0]) for value in cv2.meanStdDev(cv2.cvtColor(below, cv2.COLOR_BGR2GRAY)))

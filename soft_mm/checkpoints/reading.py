@@ -156,7 +156,7 @@ def _read(path, safe_globals):
         if match := re.search(r'GLOBAL [\w.]+|unrecognized function', str(error), re.I):
             raise ValueError(
                 f'{path} is refused: it holds an object that may run code when it is read ({match[0]}). Allowed are '
-                f'tensors, containers, settings and log histories{_OLD_TORCH}. Give a file with the state dict alone'
+                f'tensors, containers, settings and log histories{_OLD_TORCH}. Give a file with only the state dict'
             ) from None
         message = str(error).partition('WeightsUnpickler error:')[2] or str(error)
         reason = (message.strip() or type(error).__name__).splitlines()[0][:120]

@@ -80,7 +80,7 @@ def parse_attention(attention):
         list[dict]: Three configs.
 
     Raises:
-        ValueError: If ``attention`` has another form.
+        ValueError: If ``attention`` has another form, or sets ``grid_dims`` to another value than 2.
     """
     attention = {} if attention is None else attention
     if not isinstance(attention, (list, tuple)):

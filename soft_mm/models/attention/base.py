@@ -201,8 +201,8 @@ class BaseAttention(BaseModule):
 class QueryValueProjection(nn.Linear):
     """Linear layer to scaled queries and values (SOFT, section 3.1).
 
-    Queries are scaled by ``d^(-1/4)``. The weights are scaled in their place, which saves a pass over all tokens and a
-    copy of them.
+    The scale ``d^(-1/4)`` of the queries is applied to the weights, which saves a pass over all tokens and a copy of
+    them.
 
     Args:
         embed_dims (int): Channels ``C``.
