@@ -9,7 +9,7 @@ from soft_mm.models import SOFT
 from soft_mm.utils import atomic_path
 from soft_mm.version import __version__
 
-from .matching import compare_state_dicts
+from .matching import compare_state_dicts, non_tensor_keys
 from .official import from_official
 from .reading import import_safetensors
 
@@ -100,9 +100,7 @@ def _find_weights(checkpoint, weights):
         if places == ['state_dict_ema']:
             raise ValueError("weights='raw': the file has only averaged weights (state_dict_ema); leave the option out")
     source, name = (checkpoint[places[0]], places[0]) if places else (checkpoint, 'bare')
-    non_tensors = [
-        key for key, value in source.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)
-    ]
+    non_tensors = non_tensor_keys(source)
     if non_tensors or not source:
         found = f'it has other entries, {non_tensors[:4]}' if non_tensors else 'it is empty'
         raise ValueError(f'not a SOFT checkpoint: {name}: expected a dict of names and tensors, but {found}')

@@ -6,6 +6,18 @@ from dataclasses import dataclass
 import torch
 
 
+def non_tensor_keys(state_dict):
+    """List the keys of a state dict that are not strings or whose values are not tensors.
+
+    Args:
+        state_dict (dict): State dict to check.
+
+    Returns:
+        list: The keys, empty for a proper state dict.
+    """
+    return [key for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
+
+
 def find_state_dict(checkpoint, path):
     """Return the state dict of a checkpoint: its entry ``state_dict``, or the checkpoint itself.
 
@@ -22,10 +34,7 @@ def find_state_dict(checkpoint, path):
     state_dict = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state_dict, dict):
         raise ValueError(f'{path}: state_dict is a {type(state_dict).__name__}: expected a dict of tensors')
-    non_tensors = [
-        key for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)
-    ]
-    if non_tensors:
+    if non_tensors := non_tensor_keys(state_dict):
         raise ValueError(f'{path}: expected a dict of tensors, but the entries {non_tensors[:4]} are not tensors')
     return state_dict
 
