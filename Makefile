@@ -1,6 +1,7 @@
 # All targets need Python 3.10 to 3.12 and a C++ compiler. Everything else is installed into .venv/.
 .DEFAULT_GOAL := help
-.PHONY: help python env demo demo-scratch experiments landmarks test test-long test-openmmlab lint clean-env
+.PHONY: help python env demo requirements demo demo-scratch experiments landmarks test \
+	test-long test-openmmlab lint docs clean-env
 
 # The interpreter of an existing .venv/ is tried first, so that a newer python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -14,8 +15,30 @@ python:
 	@test -n '$(PYTHON)' || { echo 'no Python 3.10, 3.11 or 3.12 was found: apt install python3 python3-venv' \
 	'python3-dev, or name one with `make PYTHON=/path/to/python3 ...`.' >&2; exit 1; }
 
-env: python ## make .venv/ (takes 10 to 15 minutes the first time)
-	@'$(PYTHON)' .dev_scripts/setup_env.py
+# uv is pinned with the other packages. It compiles mmcv once and keeps the wheel in its cache, outside this folder.
+# FORCE_CUDA=1 compiles mmcv again, with CUDA operators; the setting is a part of the wheel's key in the cache.
+UV_VERSION := $(shell sed -n 's/^uv==//p' requirements/test.in)
+MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+export MAX_JOBS
+with_cuda = --reinstall-package $(1) --config-settings-package $(1):FORCE_CUDA=1
+
+# $(call set_up,folder of the environment,requirements file,distribution of mmcv)
+define set_up
+@ls $(1)/lib/python*/site-packages/mmcv >/dev/null 2>&1 || { '$(PYTHON)' .dev_scripts/preflight.py \
+	&& echo 'setting up $(1): the first time on a machine takes 10 to 15 minutes, most of them to compile mmcv'; }
+@$(1)/bin/python -c '' 2>/dev/null || '$(PYTHON)' -m venv --clear $(1)
+@test -x $(1)/bin/uv || $(1)/bin/python -m pip install -q uv==$(UV_VERSION)
+@$(if $(FORCE_CUDA),,CUDA_VISIBLE_DEVICES=) $(1)/bin/uv pip sync -q --python $(1) --python-downloads never $(2) \
+	$(if $(FORCE_CUDA),$(call with_cuda,$(3)))
+endef
+
+env: python ## make .venv/ (takes 10 to 15 minutes the first time on a machine)
+	$(call set_up,.venv,requirements/maintained.txt,onedl-mmcv)
+
+requirements: env ## resolve requirements/*.in again, keeping the pinned versions where they fit
+	for stack in maintained openmmlab; do UV_CUSTOM_COMPILE_COMMAND='make requirements' .venv/bin/uv pip compile -q \
+		--universal --fork-strategy fewest --python-version 3.10 --generate-hashes \
+		requirements/$$stack.in -o requirements/$$stack.txt || exit; done
 
 demo: env ## run the demo
 	.venv/bin/python -m projects.photo_digits.demo
@@ -43,12 +66,17 @@ test-long: env ## run the tests that take minutes each
 	.venv/bin/python -m pytest -m long
 
 test-openmmlab: python ## run the tests with OpenMMLab's own packages, in .venv-openmmlab/
-	@'$(PYTHON)' .dev_scripts/setup_env.py --openmmlab
+	$(call set_up,.venv-openmmlab,requirements/openmmlab.txt,mmcv)
 	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python $(PYTEST)
 
-lint: env ## run ruff, as pre-commit does
-	.venv/bin/python -m ruff check .
-	.venv/bin/python -m ruff format --check .
+lint: env ## run ruff, mypy and the check of the workflow
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 
-clean-env: ## remove .venv/ and .venv-openmmlab/
-	rm -rf .venv .venv.lock .venv-openmmlab .venv-openmmlab.lock
+docs: env ## build the documentation site in site/
+	.venv/bin/mkdocs build --strict
+
+clean-env: ## remove .venv/ and .venv-openmmlab/; the packages stay in uv's cache
+	rm -rf .venv .venv-openmmlab

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -39,12 +39,19 @@ The exit code is 1 if no measurement succeeded."""
 
 
 def _size(text):
-    height, _, width = text.partition('x')
-    if not (height.isdigit() and (width or height).isdigit()):
+    match = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
+    height, width = (int(side) for side in (match[1], match[2] or match[1])) if match else (0, 0)
+    if height < 1 or width < 1:
         raise argparse.ArgumentTypeError(
             f'{text!r}: expected HxW in pixels, such as 512x1024, or one number for a square'
         )
-    return int(height), int(width or height)
+    return height, width
+
+
+def _file(text):
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r}: the folder {str(Path(text).parent)!r} does not exist; create it')
+    return Path(text)
 
 
 def _name_lists():
@@ -103,9 +110,9 @@ def build_parser():
     parser.add_argument(
         '--head-dims', type=int, default=32, help='channels per head of an operator (default: %(default)s)'
     )
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the report as JSON')
-    parser.add_argument('--csv', type=Path, metavar='FILE', help='write the rows as CSV')
-    parser.add_argument('--png', type=Path, metavar='FILE', help='draw a figure of time and memory against tokens')
+    parser.add_argument('--json', type=_file, metavar='FILE', help='write the report as JSON')
+    parser.add_argument('--csv', type=_file, metavar='FILE', help='write the rows as CSV')
+    parser.add_argument('--png', type=_file, metavar='FILE', help='draw a figure of time and memory against tokens')
     return parser
 
 
@@ -119,8 +126,6 @@ def main():
         targets = [parse_target(text) for text in args.pop('targets')]
         sizes, peer = args.pop('sizes'), args.pop('peer')
         peer = peer and parse_target(peer)
-        if min(math.prod(size) for size in sizes) < 1:
-            raise ValueError('--sizes: expected sides >= 1 pixel')
         for name, minimum in dict(batch_size=1, repeats=2).items():
             if args[name] < minimum:
                 raise ValueError(f'--{name.replace("_", "-")} {args[name]}: expected an integer >= {minimum}')

@@ -96,7 +96,7 @@ def print_report(report, console):
             seconds = row['seconds']
             cells += [f'{1e3 * seconds["median"]:.1f}', f'{1e3 * seconds["low"]:.1f}-{1e3 * seconds["high"]:.1f}']
         if row['status'] != 'ok':
-            table.add_row(*cells, escape(row.get('message', row['status'])))
+            table.add_row(*cells, row['status'])
             continue
         cells += [f'{row["bytes"] / 2**20:.0f}' if 'bytes' in row else '']
         cells += [f'{row["multiply_adds"] / 1e9:.2f}' if row['multiply_adds'] else '']
@@ -105,6 +105,9 @@ def print_report(report, console):
         cells += [f'{row["memory_ratio"]:.3f}' if 'memory_ratio' in row else '']
         table.add_row(*cells)
     console.print(table)
+    for row in report['rows']:
+        if 'message' in row:
+            console.print(escape(f'{row["name"]} at {"{}x{}".format(*row["size"])}: {row["message"]}'), soft_wrap=True)
     if report['peer']:
         console.print(f'ratios: relative to {report["peer"]}; both times were measured alternately')
     table = Table('', 'time', 'memory', 'multiply-adds', title='growth exponents in the number of tokens')

@@ -27,7 +27,7 @@ OPTIONS = [
 def workspace(tmp_path_factory):
     """A folder with a small validation split where the configs look for it."""
     # Here, so that a test run without this fixture does not import scikit-learn.
-    from projects.photo_digits.export import export_photo_digits
+    from projects.photo_digits.dataset_files import export_photo_digits
 
     folder = tmp_path_factory.mktemp('workspace')
     export_photo_digits(folder / 'data/photo_digits_demo', splits=('val',), num_crops=6, num_scenes=3)

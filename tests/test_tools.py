@@ -81,7 +81,7 @@ def test_predict_draws(workspace, checkpoints, tmp_path, task, folder):
     assert done.returncode == 0, done.stderr[-3000:]
     pictures = sorted((tmp_path / 'out' / 'vis').iterdir())
     assert len(pictures) == (2 if folder else 1)
-    assert f'{len(pictures)} pictures are in {tmp_path / "out" / "vis"}' in done.stdout
+    assert f'pictures written to {tmp_path / "out" / "vis"}: {len(pictures)}' in done.stdout
     original = mmcv.imread(images / 'a.png')
     drawn = mmcv.imread(pictures[0])
     assert drawn.shape != original.shape or (drawn != original).any()

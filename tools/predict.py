@@ -28,7 +28,7 @@ def main():
         pictures = predict(images, args.config, args.checkpoint, args.out_dir, args.device, args.score_thr)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    print(f'{len(images)} pictures are in {pictures}')
+    print(f'pictures written to {pictures}: {len(images)}')
 
 
 if __name__ == '__main__':

@@ -12,6 +12,12 @@ from .compare import QUICK_SEEDS, SEEDS, compare_attention
 from .studies import STUDIES
 
 
+def _seed(text):
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r}: expected an integer >= 0')
+    return int(text)
+
+
 def main():
     titles = '; '.join(f'{name}: {", ".join(study.groups)}' for name, study in STUDIES.items())
     parser = argparse.ArgumentParser(
@@ -20,7 +26,10 @@ def main():
     parser.add_argument('study', choices=STUDIES, help='study, named after its data set')
     parser.add_argument('--groups', nargs='+', metavar='TITLE', help='titles of the tables to fill (default: all)')
     parser.add_argument(
-        '--seeds', type=int, nargs='+', help=f'seeds of weights and data (default: {SEEDS}; {QUICK_SEEDS} with --quick)'
+        '--seeds',
+        type=_seed,
+        nargs='+',
+        help=f'seeds of weights and data (default: {SEEDS}; with --quick {QUICK_SEEDS})',
     )
     parser.add_argument('--quick', action='store_true', help='run only a few iterations, to test that everything works')
     parser.add_argument(

@@ -47,8 +47,8 @@ def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, wo
 
     Raises:
         RuntimeError: If a training or a measurement fails.
-        ValueError: If the study or a group is unknown, if groups or seeds are empty, if a seed occurs twice, or if
-            ``jobs`` is not an integer >= 1.
+        ValueError: If the study or a group is unknown, if groups or seeds are empty, if a seed occurs twice, if
+            ``jobs`` is not an integer >= 1, or if ``work_dir`` is a file.
     """
     study, groups = _select(study, groups)
     if quick:
@@ -61,6 +61,8 @@ def compare_attention(study, groups=None, seeds=None, quick=False, jobs=None, wo
     check_integer('jobs', jobs)
     console = console or Console()
     work_dir = Path(work_dir or Path('work_dirs/attention', study.name + '_quick' * quick))
+    if work_dir.is_file():
+        raise ValueError(f'work_dir={str(work_dir)!r} is a file: expected a folder, or a new name')
     work_dir.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     console.rule(f'{study.name}: costs of {len(names)} cases')

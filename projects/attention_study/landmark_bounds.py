@@ -14,8 +14,8 @@ from rich.table import Table
 from projects.common.jobs import resumable_job
 from projects.common.run_logs import last_checkpoint
 from projects.common.training import train_task
+from projects.photo_digits.dataset_files import MANIFEST, export_photo_digits
 from projects.photo_digits.demo import DETECTION, SEGMENTATION
-from projects.photo_digits.export import MANIFEST, export_photo_digits
 from soft_mm.utils import write_json
 
 DATA = Path('data/photo_digits_480')

@@ -7,7 +7,7 @@ from pathlib import Path
 from projects.common.training import Task
 from projects.listops.listops_data import MANIFEST as LISTOPS_MANIFEST
 from projects.listops.listops_data import write_listops
-from projects.photo_digits.export import MANIFEST, export_photo_digits
+from projects.photo_digits.dataset_files import MANIFEST, export_photo_digits
 from projects.photo_digits.packed import pack_crops
 from soft_mm.utils import read_config
 

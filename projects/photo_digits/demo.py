@@ -18,7 +18,7 @@ from projects.common.run_logs import last_checkpoint
 from projects.common.training import Task, train_task
 from soft_mm.utils import write_json
 
-from .export import MANIFEST, export_photo_digits
+from .dataset_files import MANIFEST, export_photo_digits
 from .pictures import draw_loss_curves, draw_predictions
 
 DATA = Path('data/photo_digits_demo')

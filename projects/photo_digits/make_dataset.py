@@ -2,8 +2,20 @@
 
 import argparse
 
-from .export import export_photo_digits
+from .dataset_files import export_photo_digits
+from .option_checks import MIN_SIDE
 from .sources import SPLITS
+
+
+def _integer(minimum):
+    """Return a type for argparse, so that its messages name the option of the command line."""
+
+    def convert(text):
+        if not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f'{text!r}: expected an integer >= {minimum}')
+        return int(text)
+
+    return convert
 
 
 def build_parser():
@@ -17,11 +29,19 @@ def build_parser():
         'out', help='folder to write: new, empty, or written by this program before; its data set is then replaced'
     )
     parser.add_argument('--split', nargs='+', choices=SPLITS, default=SPLITS, help='splits to write (default: both)')
-    parser.add_argument('--crops', type=int, default=1000, help='number of crops per split (default: %(default)s)')
-    parser.add_argument('--scenes', type=int, default=200, help='number of scenes per split (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0, help='seed of the samples (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=256, help='side of a scene in pixels (default: %(default)s)')
-    parser.add_argument('--crop-size', type=int, default=64, help='side of a crop in pixels (default: %(default)s)')
+    parser.add_argument(
+        '--crops', type=_integer(1), default=1000, help='number of crops per split (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--scenes', type=_integer(1), default=200, help='number of scenes per split (default: %(default)s)'
+    )
+    parser.add_argument('--seed', type=_integer(0), default=0, help='seed of the samples (default: %(default)s)')
+    parser.add_argument(
+        '--size', type=_integer(MIN_SIDE), default=256, help='side of a scene in pixels (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--crop-size', type=_integer(MIN_SIDE), default=64, help='side of a crop in pixels (default: %(default)s)'
+    )
     parser.add_argument(
         '--num-digits',
         type=int,

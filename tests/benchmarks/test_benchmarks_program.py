@@ -53,7 +53,9 @@ def test_program_that_measures_nothing_fails(run_program):
         (['soft-tony', '--sizes', '64'], "'soft-tony': unknown target"),
         (['soft-tiny', '--sizes', '64by64'], "'64by64': expected HxW"),
         (['soft-tiny', '--sizes', '64', '--repeats', '1'], '--repeats 1: expected an integer >= 2'),
-        (['soft-tiny', '--sizes', '0x64'], '--sizes: expected sides >= 1 pixel'),
+        (['soft-tiny', '--sizes', '0x64'], "'0x64': expected HxW"),
+        (['soft-tiny', '--sizes', '6x'], "'6x': expected HxW"),
+        (['soft-tiny', '--sizes', '64', '--png', 'none/tokens.png'], "the folder 'none' does not exist"),
     ],
 )
 def test_program_names_bad_input(arguments, message, run_program):

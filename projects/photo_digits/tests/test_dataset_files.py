@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from mmengine.registry import DATASETS
 
-from projects.photo_digits import CLASSES, CropGenerator, SceneGenerator, make_dataset
-from projects.photo_digits import export as export_module
-from projects.photo_digits.export import MANIFEST, export_photo_digits
+from projects.photo_digits import CLASSES, CropGenerator, SceneGenerator, dataset_files, make_dataset
+from projects.photo_digits.dataset_files import MANIFEST, export_photo_digits
 
 NUM_CROPS, NUM_SCENES, SIZE = 40, 6, (96, 128)
 OPTIONS = dict(
@@ -197,7 +196,7 @@ def test_foreign_folders_are_refused(tmp_path):
 
 
 def test_an_interrupted_run_is_completed(tmp_path, monkeypatch):
-    write, written = export_module._write_image, []
+    write, written = dataset_files._write_image, []
 
     def interrupted(path, image):
         if len(written) == 4:
@@ -205,7 +204,7 @@ def test_an_interrupted_run_is_completed(tmp_path, monkeypatch):
         written.append(path)
         write(path, image)
 
-    monkeypatch.setattr(export_module, '_write_image', interrupted)
+    monkeypatch.setattr(dataset_files, '_write_image', interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_photo_digits(tmp_path, **SMALL)
     assert json.loads((tmp_path / MANIFEST).read_text())['complete'] is False
