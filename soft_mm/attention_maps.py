@@ -1,17 +1,21 @@
 """Rows of the attention matrix of a trained model, drawn over the image."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from soft_mm.models import SOFT
 from soft_mm.utils import make_figure
 
 
-def image_attention(model, image, points, stage, block=-1):
+def image_attention(
+    model: nn.Module, image: np.ndarray, points: list[tuple[int, int]], stage: int, block: int = -1
+) -> Tensor:
     """Compute rows of the attention matrix of one block, for query pixels of an image.
 
     Args:
@@ -28,20 +32,19 @@ def image_attention(model, image, points, stage, block=-1):
         ValueError: If the model has no SOFT backbone, its attention has no method ``rows``, or a point, the stage or
             the block is out of range.
     """
-    if not isinstance(getattr(model, 'backbone', None), SOFT):
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, SOFT):
         raise ValueError(
             "model.backbone is not a SOFT backbone; give the config of a model with backbone type='soft_mm.SOFT'"
         )
-    height, width = image.shape[:2]
+    H, W = image.shape[:2]
     for x, y in points:
-        if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(
-                f'point {x},{y} is outside the image of {width}x{height} pixels; x and y are counted from 0'
-            )
-    stages = model.backbone.stages[:3]
+        if not (0 <= x < W and 0 <= y < H):
+            raise ValueError(f'point {x},{y} is outside the image of {W}x{H} pixels; x and y are counted from 0')
+    stages = backbone.stages[:3]
     if not 1 <= stage <= len(stages):
         raise ValueError(f'stage={stage}: expected an integer from 1 to {len(stages)}')
-    blocks = stages[stage - 1].blocks
+    blocks: Any = stages[stage - 1].blocks
     if not -len(blocks) <= block < len(blocks):
         raise ValueError(f'block {block} does not exist: stage {stage} has {len(blocks)} blocks, counted from 0')
     attention, inputs = blocks[block].attn, []
@@ -55,15 +58,17 @@ def image_attention(model, image, points, stage, block=-1):
         pixels = (pixels - mean) / std
     try:
         with torch.no_grad():
-            model.backbone(pixels.permute(2, 0, 1)[None].to(next(model.parameters()).device))
+            backbone(pixels.permute(2, 0, 1)[None].to(next(model.parameters()).device))
     finally:
         hook.remove()
     tokens, grid = inputs[0]
-    queries = [y * grid[0] // height * grid[1] + x * grid[1] // width for x, y in points]
+    queries = [y * grid[0] // H * grid[1] + x * grid[1] // W for x, y in points]
     return attention.rows(tokens, grid, queries)
 
 
-def draw_attention(image, rows, points, out_file, heads=None):
+def draw_attention(
+    image: np.ndarray, rows: Tensor, points: list[tuple[int, int]], out_file: str | Path, heads: list[int] | None = None
+) -> None:
     """Draw rows of the attention matrix over the image, with one row of pictures per query and one column per head.
 
     Args:

@@ -2,36 +2,25 @@
 
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from soft_mm.utils import build_model, read_config, toolbox_scope
 
 _aten = torch.ops.aten
-
-
-def _cholesky_flops(shape, *args, out_shape=None, **kwargs):
-    return torch.Size(shape[:-2]).numel() * shape[-1] ** 3 // 3
-
-
-def _cholesky_solve_flops(right_shape, factor_shape, *args, out_shape=None, **kwargs):
-    # Forward and backward substitution, m^2 / 2 multiply-adds per column each.
-    return 2 * torch.Size(right_shape).numel() * factor_shape[-1]
-
-
-def _attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(query_shape, key_shape, value_shape)
-
-
-# PyTorch's counter would count these operators as 0.
+# PyTorch's counter would count these operators as 0. The formulas take the shapes of the arguments.
 _MORE_FORMULAE = {
-    _aten.linalg_cholesky_ex: _cholesky_flops,
-    _aten.cholesky_solve: _cholesky_solve_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten.linalg_cholesky_ex: lambda a, *_, **__: torch.Size(a[:-2]).numel() * a[-1] ** 3 // 3,
+    # Forward and backward substitution, m^2 / 2 multiply-adds per column each.
+    _aten.cholesky_solve: lambda right, factor, *_, **__: 2 * torch.Size(right).numel() * factor[-1],
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
 }
 
 
@@ -50,7 +39,7 @@ class Part:
     multiply_adds: int
 
 
-def flop_counter():
+def flop_counter() -> FlopCounterMode:
     """Create PyTorch's flop counter with additional formulas, for the Cholesky solve and fused attention on a CPU.
 
     Returns:
@@ -59,7 +48,7 @@ def flop_counter():
     return FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAE)
 
 
-def count_multiply_adds(run):
+def count_multiply_adds(run: Callable[[], object]) -> int:
     """Count multiply-adds: half of the floating-point operations of matrix products and convolutions.
 
     Args:
@@ -68,13 +57,12 @@ def count_multiply_adds(run):
     Returns:
         int: Multiply-adds.
     """
-    counter = flop_counter()
-    with counter:
+    with (counter := flop_counter()):
         run()
     return counter.get_total_flops() // 2
 
 
-def parts_of(model, prefix=''):
+def parts_of(model: nn.Module, prefix: str = '') -> list[str]:
     """List the modules to count separately: the children of the model, of its backbone, and of module lists.
 
     Args:
@@ -84,7 +72,7 @@ def parts_of(model, prefix=''):
     Returns:
         list[str]: Names of the modules. Modules without parameters are left out.
     """
-    names = []
+    names: list[str] = []
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList):
             names += [f'{prefix}{name}.{index}' for index in range(len(child))]
@@ -95,7 +83,7 @@ def parts_of(model, prefix=''):
     return names
 
 
-def model_complexity(model, run):
+def model_complexity(model: nn.Module, run: Callable[[], object]) -> list[Part]:
     """Count the parameters and multiply-adds of a model and of its modules.
 
     Args:
@@ -106,13 +94,12 @@ def model_complexity(model, run):
         list[Part]: The modules of :func:`parts_of`, then the whole model. Operations outside these modules count for
         the whole model only.
     """
-    counter = flop_counter()
-    with torch.no_grad(), counter:
+    with torch.no_grad(), (counter := flop_counter()):
         run()
     root = type(model).__name__
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
 
-    def flops(name):
+    def flops(name: str) -> int:
         # The counter sees forward calls only. If the model calls another method of a module, sum its children.
         if f'{root}.{name}' in counts:
             return counts[f'{root}.{name}']
@@ -122,11 +109,11 @@ def model_complexity(model, run):
     return [*parts, Part('', _count_parameters(model), counter.get_total_flops() // 2)]
 
 
-def _count_parameters(module):
+def _count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def encodes_sequences(backbone):
+def encodes_sequences(backbone: Mapping[str, Any]) -> bool:
     """Return whether a backbone encodes sequences of token ids instead of images.
 
     Args:
@@ -138,7 +125,9 @@ def encodes_sequences(backbone):
     return 'vocab_size' in backbone
 
 
-def random_input(backbone, size, batch_size=1, device=None):
+def random_input(
+    backbone: Mapping[str, Any], size: Sequence[int], batch_size: int = 1, device: torch.device | str | None = None
+) -> Tensor:
     """Draw a random input of a backbone.
 
     Args:
@@ -155,7 +144,7 @@ def random_input(backbone, size, batch_size=1, device=None):
     return torch.rand(batch_size, backbone.get('in_channels', 3), *size, device=device)
 
 
-def config_complexity(config, shape, backbone_only=False):
+def config_complexity(config: str | Path, shape: Sequence[int], backbone_only: bool = False) -> list[Part]:
     """Count the parameters and multiply-adds of the model of a config for one input.
 
     Classifiers and segmentors run on tensors without data, which costs no computation. Detectors select proposals by
@@ -186,7 +175,7 @@ def config_complexity(config, shape, backbone_only=False):
     with toolbox_scope(cfg) as scope, torch.random.fork_rng([]):
         torch.manual_seed(0)
         # The counter fails if a module is called with a parameter that requires a gradient.
-        model = build_model(cfg, backbone_only).eval().requires_grad_(False)
+        model: Any = build_model(cfg, backbone_only).eval().requires_grad_(False)
         image = random_input(backbone, shape)
         if scope == 'mmdet' and not backbone_only:
             from mmdet.structures import DetDataSample

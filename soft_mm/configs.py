@@ -6,7 +6,7 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def _folder():
+def _folder() -> Path:
     # openmim requires the configs of an installed package in `.mim`. A checkout has them in its root.
     for folder in (_PACKAGE / '.mim' / 'configs', _PACKAGE.parent / 'configs'):
         if folder.is_dir():
@@ -14,7 +14,7 @@ def _folder():
     raise FileNotFoundError(f'{_PACKAGE / ".mim" / "configs"} does not exist: reinstall soft_mm')
 
 
-def config_names():
+def config_names() -> list[str]:
     """List the names of all configs, such as ``'coco/retinanet_soft-tiny-norm_fpn_1x_coco.py'``.
 
     Returns:
@@ -28,7 +28,7 @@ def config_names():
     return sorted(name for name in names if not name.startswith('_base_/'))
 
 
-def config_path(name):
+def config_path(name: str) -> str:
     """Return the path of a config, for example to use it in ``_base_`` or on a command line.
 
     Args:

@@ -1,12 +1,13 @@
 """Loading of trained models, and predictions drawn by the inferencer of the toolbox."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-import torch.nn as nn
 from mmengine.model import is_model_wrapper
 from mmengine.registry import init_default_scope
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from soft_mm.checkpoints.matching import check_whole_model, find_state_dict
@@ -17,7 +18,7 @@ from soft_mm.utils import build_model, read_config
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
-def find_images(path):
+def find_images(path: str | Path) -> list[str]:
     """List the image files of a folder, sorted by name, or a single image file.
 
     Args:
@@ -51,7 +52,7 @@ def find_images(path):
     return [str(file) for file in files]
 
 
-def read_image(path):
+def read_image(path: str | Path) -> np.ndarray:
     """Read an image file.
 
     Args:
@@ -70,7 +71,7 @@ def read_image(path):
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def check_weights(model, checkpoint, path):
+def check_weights(model: nn.Module, checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     """Check that a checkpoint has every weight of a model. The toolboxes do not check this.
 
     Args:
@@ -86,11 +87,11 @@ def check_weights(model, checkpoint, path):
             differ.
     """
     found = {key.removeprefix('module.'): value for key, value in find_state_dict(checkpoint, path).items()}
-    check_whole_model(found, (model.module if is_model_wrapper(model) else model).state_dict(), path)
+    check_whole_model(found, (model.get_submodule('module') if is_model_wrapper(model) else model).state_dict(), path)
     return found
 
 
-def read_whole_model(source):
+def read_whole_model(source: str | Path) -> tuple[str, dict[str, Any]]:
     """Read the checkpoint of a whole model safely, before a toolbox reads the file again and unpickles it unchecked.
 
     Args:
@@ -110,7 +111,7 @@ def read_whole_model(source):
     return local_file(source), content
 
 
-def load_model(config, checkpoint):
+def load_model(config: str | Path, checkpoint: str | Path) -> nn.Module:
     """Build the model of a config and load its checkpoint.
 
     Args:
@@ -134,7 +135,7 @@ def load_model(config, checkpoint):
     return model.eval()
 
 
-def fuse_conv_bn(model):
+def fuse_conv_bn(model: nn.Module) -> nn.Module:
     """Fuse each BatchNorm of SOFT's patch embeddings into the convolution before it, in place.
 
     The outputs in evaluation mode stay the same up to rounding. A fused model must not be trained.
@@ -153,15 +154,23 @@ def fuse_conv_bn(model):
     for embed in model.modules():
         if not isinstance(embed, PatchEmbed):
             continue
+        layers: list[Any] = list(embed)
         for index in range(0, len(embed), 3):
             # A BatchNorm may already be fused (nn.Identity).
-            if isinstance(embed[index + 1], nn.modules.batchnorm._BatchNorm):
-                embed[index] = fuse_conv_bn_eval(embed[index], embed[index + 1])
+            if isinstance(layers[index + 1], nn.modules.batchnorm._BatchNorm):
+                embed[index] = fuse_conv_bn_eval(layers[index], layers[index + 1])
                 embed[index + 1] = nn.Identity()
     return model
 
 
-def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
+def predict(
+    images: list[str],
+    config: str | Path,
+    checkpoint: str | Path,
+    out_dir: str | Path,
+    device: str | None = None,
+    score_thr: float = 0.3,
+) -> Path:
     """Draw predictions for images: class scores, boxes and masks, or a segmentation.
 
     Args:
@@ -196,7 +205,7 @@ def predict(images, config, checkpoint, out_dir, device=None, score_thr=0.3):
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f'several images have the same name apart from the suffix, {repeated[:3]}: rename them')
         inferencer = ImageClassificationInferencer(cfg, pretrained=file, device=device)
-        options = dict(show_dir=str(pictures))
+        options: dict[str, Any] = dict(show_dir=str(pictures))
     elif scope == 'mmdet':
         from mmdet.apis import DetInferencer
 

@@ -4,10 +4,11 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -15,7 +16,7 @@ from mmengine.runner import Runner
 from .utils import read_config
 
 
-def runner_parser(description):
+def runner_parser(description: str) -> argparse.ArgumentParser:
     """Build a parser with the arguments that training and testing share.
 
     Args:
@@ -39,7 +40,7 @@ def runner_parser(description):
     return parser
 
 
-def load_config(parser, args):
+def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
     """Read the config of the command line and apply the overrides. Exit with a message if the file does not exist.
 
     Args:
@@ -60,7 +61,7 @@ def load_config(parser, args):
     return cfg
 
 
-def build_runner(cfg):
+def build_runner(cfg: Config) -> Runner:
     """Build mmengine's runner, or the runner that the config names as ``runner_type``.
 
     Args:
@@ -79,7 +80,7 @@ def build_runner(cfg):
 
 
 @contextlib.contextmanager
-def missing_files():
+def missing_files() -> Iterator[None]:
     """Exit with one sentence instead of a traceback if a file or a data set is missing.
 
     Yields:

@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -16,7 +18,7 @@ from mmengine.registry import MODELS, DefaultScope
 _CONFIG_LOCK = threading.Lock()
 
 
-def read_config(path):
+def read_config(path: str | Path) -> Config:
     """Read a config file. Its ``custom_imports`` may name modules in the current directory, such as ``projects.*``.
 
     Args:
@@ -36,7 +38,7 @@ def read_config(path):
 
 
 @contextlib.contextmanager
-def toolbox_scope(cfg):
+def toolbox_scope(cfg: Config) -> Iterator[str]:
     """Make the toolbox of a config the default scope of mmengine's registries.
 
     Args:
@@ -52,7 +54,7 @@ def toolbox_scope(cfg):
         yield scope
 
 
-def build_model(cfg, backbone_only=False):
+def build_model(cfg: Config, backbone_only: bool = False) -> torch.nn.Module:
     """Build the model of a config in the scope of its toolbox, without applying its ``init_cfg``.
 
     Args:
@@ -73,7 +75,7 @@ def build_model(cfg, backbone_only=False):
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Write a file atomically (temporary file, then rename).
 
     If the block raises an error, the temporary file is removed and the old file is kept.
@@ -94,7 +96,7 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8.
 
     Args:
@@ -105,7 +107,7 @@ def write_text(path, text):
         temporary.write_text(text, encoding='utf-8')
 
 
-def write_json(path, content, indent=2):
+def write_json(path: str | Path, content: object, indent: int | None = 2) -> None:
     """Write a JSON file atomically.
 
     Args:
@@ -116,7 +118,7 @@ def write_json(path, content, indent=2):
     write_text(path, json.dumps(content, indent=indent) + '\n')
 
 
-def make_figure(rows, columns, size):
+def make_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     """Create a matplotlib figure with a grid of axes. No display is needed.
 
     Args:
@@ -133,7 +135,7 @@ def make_figure(rows, columns, size):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def check_device(name):
+def check_device(name: str) -> None:
     """Check that a device exists.
 
     Args:

@@ -1,11 +1,15 @@
 """Conversion of the authors' checkpoints. No other module of this package imports models."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from soft_mm.models import SOFT
+from soft_mm.models.arch import parse_arch
 from soft_mm.utils import atomic_path
 from soft_mm.version import __version__
 
@@ -32,18 +36,20 @@ class Conversion:
         unused: Entries of the file that were not converted: other weights, optimizer state, settings.
     """
 
-    state_dict: dict
-    arch: object
-    normalized: object
-    num_classes: object
-    grids: tuple
+    state_dict: dict[str, torch.Tensor]
+    arch: str | dict[str, tuple[int, ...]]
+    normalized: bool | None
+    num_classes: int | None
+    grids: tuple[tuple[int, int], ...]
     weights: str
-    dropped: tuple
+    dropped: tuple[str, ...]
     num_source: int
-    unused: tuple
+    unused: tuple[str, ...]
 
 
-def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
+def convert_checkpoint(
+    checkpoint: dict[str, Any], weights: str | None = None, backbone_only: bool = False
+) -> Conversion:
     """Convert a checkpoint of the authors.
 
     Args:
@@ -79,14 +85,13 @@ def convert_checkpoint(checkpoint, weights=None, backbone_only=False):
     diff = compare_state_dicts({key: value for key, value in ours.items() if not key.startswith('head.fc.')}, target)
     if diff.missing or diff.unexpected or diff.misshapen:
         raise ValueError(f"the weights do not form a SOFT model: {diff}; give the authors' unmodified file")
-    known = {_arch_key(facts): known for known, facts in SOFT.arch_zoo.items()}
-    named = known.get(_arch_key(arch)) if _usual(arch) else None
+    named = next((name for name in SOFT.arch_zoo if parse_arch(name) == arch), None)
     unused = () if name == 'bare' else tuple(str(key) for key in checkpoint if key != name)
     normalized = _read_normalized(checkpoint)
     return Conversion(ours, named or arch, normalized, num_classes, grids, name, dropped, len(source), unused)
 
 
-def _find_weights(checkpoint, weights):
+def _find_weights(checkpoint: dict[str, Any], weights: str | None) -> tuple[dict[str, torch.Tensor], str]:
     if weights not in (None, 'ema', 'raw'):
         raise ValueError(f"weights={weights!r} is unknown; choose 'ema', 'raw' or None")
     places = [key for key in ('state_dict_ema', 'state_dict', 'model') if isinstance(checkpoint.get(key), dict)]
@@ -107,7 +112,7 @@ def _find_weights(checkpoint, weights):
     return source, name
 
 
-def _read_arch(ours):
+def _read_arch(ours: Mapping[str, torch.Tensor]) -> tuple[dict[str, tuple[int, ...]], tuple[tuple[int, int], ...]]:
     """Infer the architecture and the grids of the position embeddings from keys and shapes."""
     dims, depths, heads, ratios, sizes, grids = [], [], [], [], [], []
     for stage in range(4):
@@ -118,7 +123,7 @@ def _read_arch(ours):
             raise ValueError(f'stage {stage + 1} has no position embeddings or no blocks: expected all four stages')
         dims.append(position.shape[1])
         depths.append(max(blocks) + 1)
-        grids.append(tuple(position.shape[-2:]))
+        grids.append((position.shape[-2], position.shape[-1]))
         if stage < 3:
             local = ours.get(f'{prefix}blocks.0.attn.local.weight')
             landmark = ours.get(f'{prefix}blocks.0.attn.landmark.weight')
@@ -139,15 +144,7 @@ def _read_arch(ours):
     return {key: tuple(value) for key, value in arch.items()}, tuple(grids)
 
 
-def _arch_key(arch):
-    return tuple(tuple(arch[key]) for key in ('embed_dims', 'num_heads', 'depths'))
-
-
-def _usual(arch):
-    return arch['ratios'] == (8, 4, 2, 1) and arch['conv_sizes'] == (9, 5, 3)
-
-
-def _read_classes(ours):
+def _read_classes(ours: Mapping[str, torch.Tensor]) -> int | None:
     weight, bias = ours.get('head.fc.weight'), ours.get('head.fc.bias')
     if weight is None and bias is None:
         return None
@@ -160,15 +157,14 @@ def _read_classes(ours):
     return len(weight)
 
 
-def _read_normalized(checkpoint):
+def _read_normalized(checkpoint: dict[str, Any]) -> bool | None:
     name = getattr(checkpoint.get('args'), 'model', None)
-    match = (
-        re.fullmatch(r'soft_(norm_)?(tiny|small|medium|large|huge)', name.lower()) if isinstance(name, str) else None
-    )
+    text = name.lower() if isinstance(name, str) else ''
+    match = re.fullmatch(r'soft_(norm_)?(tiny|small|medium|large|huge)', text)
     return bool(match[1]) if match else None
 
 
-def save_conversion(conversion, path, normalized, source):
+def save_conversion(conversion: Conversion, path: Path, normalized: bool, source: str) -> None:
     """Write a conversion atomically (temporary file, then rename).
 
     Args:
@@ -193,7 +189,7 @@ def save_conversion(conversion, path, normalized, source):
             torch.save(dict(meta=meta, state_dict=conversion.state_dict), temporary)
 
 
-def config_of(conversion, path, normalized):
+def config_of(conversion: Conversion, path: Path, normalized: bool) -> str:
     """Return the text of a config that loads a converted checkpoint.
 
     Args:
@@ -205,12 +201,11 @@ def config_of(conversion, path, normalized):
         str: Config in Python. It loads the whole classifier from a ``.pth`` file. It loads only the backbone from a
         ``.safetensors`` file, or if there is no classifier.
     """
-    named = isinstance(conversion.arch, str)
-    arch = conversion.arch if named else 'small'
+    arch = conversion.arch if isinstance(conversion.arch, str) else 'small'
     batch = '8xb128' if arch in ('tiny', 'small') else '8xb32'
     base = f'configs/imagenet/soft-{arch}{"-norm" * normalized}_{batch}_in1k.py'
     backbone, model = [], []
-    if not named:
+    if not isinstance(conversion.arch, str):
         facts = ', '.join(f'{key}={value}' for key, value in conversion.arch.items())
         backbone.append(f'arch=dict(_delete_=True, {facts})')
     if conversion.grids[0] != (56, 56):

@@ -1,12 +1,14 @@
 """Comparison of a checkpoint with the model that should load it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+from torch import Tensor
 
 
-def non_tensor_keys(state_dict):
+def non_tensor_keys(state_dict: Mapping[Any, Any]) -> list[Any]:
     """List the keys of a state dict that are not strings or whose values are not tensors.
 
     Args:
@@ -15,10 +17,10 @@ def non_tensor_keys(state_dict):
     Returns:
         list: The keys, empty for a proper state dict.
     """
-    return [key for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
+    return [key for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
 
 
-def find_state_dict(checkpoint, path):
+def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint: its entry ``state_dict``, or the checkpoint itself.
 
     Args:
@@ -50,19 +52,19 @@ class StateDictDiff:
         resized: Keys of position embeddings with the same channels on another grid. They fit after resizing.
     """
 
-    missing: list
-    unexpected: list
-    misshapen: list
-    resized: list
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+    resized: list[str]
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f'{len(self.missing)} missing {self.missing[:4]}, {len(self.unexpected)} unexpected {self.unexpected[:4]}, '
             f'{len(self.misshapen)} of another shape {self.misshapen[:4]}'
         )
 
 
-def compare_state_dicts(found, expected):
+def compare_state_dicts(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> StateDictDiff:
     """Compare the keys and shapes of two state dicts.
 
     Args:
@@ -74,21 +76,20 @@ def compare_state_dicts(found, expected):
     """
     common = [key for key in expected if key in found and found[key].shape != expected[key].shape]
     resized = [key for key in common if key.endswith('.pos_embed') and _same_channels(found[key], expected[key])]
+    misshapen = [key for key in common if key not in resized]
     return StateDictDiff(
         missing=[key for key in expected if key not in found],
         unexpected=[key for key in found if key not in expected],
-        misshapen=[
-            f'{key} {tuple(found[key].shape)} for {tuple(expected[key].shape)}' for key in common if key not in resized
-        ],
+        misshapen=[f'{key} {tuple(found[key].shape)} for {tuple(expected[key].shape)}' for key in misshapen],
         resized=resized,
     )
 
 
-def _same_channels(found, expected):
+def _same_channels(found: Tensor, expected: Tensor) -> bool:
     return found.ndim == expected.ndim == 4 and found.shape[:2] == expected.shape[:2]
 
 
-def check_whole_model(found, expected, path):
+def check_whole_model(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str) -> None:
     """Check that a checkpoint has every weight of a model. Toolboxes keep the random values of missing weights.
 
     Args:
@@ -117,12 +118,14 @@ class BackboneFit:
         report: One line for the log: which keys of the checkpoint are loaded, resized or unused.
     """
 
-    weights: dict
-    resized: list
+    weights: dict[str, Tensor]
+    resized: list[str]
     report: str
 
 
-def match_backbone(state_dict, expected, prefix, path):
+def match_backbone(
+    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str, path: str
+) -> BackboneFit:
     """Find the weights of a backbone in a checkpoint.
 
     Args:
@@ -160,7 +163,7 @@ def match_backbone(state_dict, expected, prefix, path):
         )
     report = [f'SOFT: all {len(expected)} backbone keys loaded from {path}']
     if diff.resized:
-        grids = (f'{key} from {_grid(used[key])} to {_grid(expected[key])}' for key in diff.resized)
+        grids = (f'{k} from {tuple(used[k].shape[-2:])} to {tuple(expected[k].shape[-2:])}' for k in diff.resized)
         report.append(f'resized: {", ".join(grids)}')
     if unused:
         report.append(f'unused: {len(unused)} keys of stages that out_indices does not need')
@@ -169,11 +172,7 @@ def match_backbone(state_dict, expected, prefix, path):
     return BackboneFit({key: used[key] for key in expected}, diff.resized, '; '.join(report))
 
 
-def _grid(pos_embed):
-    return tuple(pos_embed.shape[-2:])
-
-
-def describe_backbone(state_dict):
+def describe_backbone(state_dict: Mapping[str, Tensor]) -> str:
     """Describe the depths and widths of a backbone from its state dict.
 
     Args:
@@ -183,7 +182,7 @@ def describe_backbone(state_dict):
         str: A text such as ``'depths 1, 2, widths 64, 128'``, or ``'no SOFT backbone'``.
     """
     blocks = [re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', key) for key in state_dict]
-    depths = {}
+    depths: dict[int, int] = {}
     for match in filter(None, blocks):
         stage, block = int(match[1]), int(match[2])
         depths[stage] = max(depths.get(stage, 0), block + 1)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -25,16 +26,13 @@ _SOFTMAX_BLOCK = {
     'mlp.fc1': ('mlp.fc1',),
     'mlp.fc2': ('mlp.fc2',),
 }
+_BLOCKS = (_SOFTMAX_FREE_BLOCK, _SOFTMAX_FREE_BLOCK, _SOFTMAX_FREE_BLOCK, _SOFTMAX_BLOCK)
 # Number of equal parts in the rows of a stacked layer. The first of the authors' layers is one part.
 _FIRST_SHARE = {'attn.qv': 2, 'attn.qkv': 3}
 _EXPECTED = "of the authors' SOFT classifiers: only checkpoints of their classification code can be converted"
 
 
-def _block_table(stage):
-    return _SOFTMAX_BLOCK if stage == 3 else _SOFTMAX_FREE_BLOCK
-
-
-def from_official(state_dict):
+def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the keys of the authors' state dict to ours.
 
     Args:
@@ -48,11 +46,12 @@ def from_official(state_dict):
         ValueError: If a key is unknown, if a layer to stack is missing or its shape does not fit, or if the grid of
             position embeddings is not square.
     """
-    out, pieces = {}, {}
+    out: dict[str, torch.Tensor] = {}
+    pieces: dict[str, list[torch.Tensor | None]] = {}
     for key, value in state_dict.items():
         if match := re.fullmatch(r'block([1-4])\.(\d+)\.(.+)\.(weight|bias)', key):
             stage = int(match[1]) - 1
-            for layer, theirs in _block_table(stage).items():
+            for layer, theirs in _BLOCKS[stage].items():
                 if match[3] in theirs:
                     name = f'backbone.stages.{stage}.blocks.{match[2]}.{layer}.{match[4]}'
                     pieces.setdefault(name, [None] * len(theirs))[theirs.index(match[3])] = value
@@ -81,20 +80,20 @@ def from_official(state_dict):
         else:
             raise ValueError(f'{key!r} is not a key {_EXPECTED}')
     for name, values in pieces.items():
-        if any(value is None for value in values):
-            present = sum(value is not None for value in values)
+        layers = [value for value in values if value is not None]
+        if len(layers) < len(values):
             raise ValueError(
-                f"{name!r} is stacked from {len(values)} of the authors' layers, but the checkpoint has {present} of "
-                'them: give a complete checkpoint'
+                f"{name!r} is stacked from {len(values)} of the authors' layers, but the checkpoint has {len(layers)} "
+                'of them: give a complete checkpoint'
             )
-        shapes = [tuple(value.shape) for value in values]
+        shapes = [tuple(value.shape) for value in layers]
         if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
             raise ValueError(f"{name!r} is stacked from the authors' layers, whose shapes {shapes} do not fit together")
-        out[name] = torch.cat(values) if len(values) > 1 else values[0]
+        out[name] = torch.cat(layers) if len(layers) > 1 else layers[0]
     return out
 
 
-def to_official(state_dict):
+def to_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the keys of our state dict to the authors' keys, the inverse of :func:`from_official`.
 
     Args:
@@ -110,9 +109,9 @@ def to_official(state_dict):
     for key, value in state_dict.items():
         if match := re.fullmatch(r'backbone\.stages\.([0-3])\.blocks\.(\d+)\.(.+)\.(weight|bias)', key):
             stage, block, layer, kind = int(match[1]), match[2], match[3], match[4]
-            if layer not in _block_table(stage):
+            if layer not in _BLOCKS[stage]:
                 raise ValueError(f'{key!r} is not a key of a SOFT classifier: expected backbone.* and head.fc.*')
-            theirs = _block_table(stage)[layer]
+            theirs = _BLOCKS[stage][layer]
             first = len(value) // _FIRST_SHARE[layer] if len(theirs) > 1 else len(value)
             for name, rows in zip(theirs, (value[:first], value[first:])):
                 out[f'block{stage + 1}.{block}.{name}.{kind}'] = rows

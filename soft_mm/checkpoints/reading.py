@@ -15,14 +15,17 @@ import sys
 import tarfile
 import threading
 import zipfile
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 
 
-def is_address(source):
+def is_address(source: str | Path) -> bool:
     """Return whether the source of a checkpoint is an address instead of a file.
 
     Args:
@@ -34,7 +37,7 @@ def is_address(source):
     return '://' in str(source)
 
 
-def local_file(source):
+def local_file(source: str | Path) -> str:
     """Return the local file of a checkpoint, and download it first if necessary.
 
     Downloads are cached in the folder ``checkpoints`` of PyTorch's hub folder, with one subfolder per address.
@@ -66,7 +69,7 @@ def local_file(source):
     return str(file)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of the authors. It may hold tensors, containers and an ``argparse.Namespace``.
 
     Args:
@@ -83,7 +86,7 @@ def read_checkpoint(path):
     return _read(path, [argparse.Namespace])
 
 
-def load_weights(source):
+def load_weights(source: str | Path) -> dict[str, Any]:
     """Read the checkpoint from which a backbone or a model starts.
 
     Args:
@@ -107,7 +110,7 @@ def load_weights(source):
         raise ValueError(f'{source}: {error}. The download was removed; try again') from None
 
 
-def import_safetensors(path):
+def import_safetensors(path: str | Path) -> ModuleType:
     """Import the package ``safetensors``.
 
     Args:
@@ -126,7 +129,7 @@ def import_safetensors(path):
     return safetensors
 
 
-def _read(path, safe_globals):
+def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist')
@@ -166,7 +169,7 @@ def _read(path, safe_globals):
     return loaded
 
 
-def _is_script(path):
+def _is_script(path: Path) -> bool:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith('/constants.pkl') for name in archive.namelist())
@@ -179,7 +182,7 @@ _LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def _admit(classes):
+def _admit(classes: list[Any]) -> Iterator[None]:
     serialization = torch.serialization
     if not hasattr(serialization, 'add_safe_globals'):
         # PyTorch before 2.4 can read only tensors and containers safely.
@@ -200,17 +203,13 @@ def _admit(classes):
 class _Placeholder:
     """Empty replacement of an object that is not needed."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
+    __setstate__ = __setitem__ = __init__
 
 
-def _placeholder(full_name, base=_Placeholder):
+def _placeholder(full_name: str, base: type = _Placeholder) -> type:
     # PyTorch 2.4 finds an allowed class by its own name only, so the placeholder takes the name of the original class.
     module, _, name = full_name.rpartition('.')
     return type(name, (base,), dict(__module__=module, __qualname__=name))
@@ -219,38 +218,28 @@ def _placeholder(full_name, base=_Placeholder):
 class _Attribute(_Placeholder):
     """Empty replacement of ``getattr`` on a placeholder. mmengine pickles ``getattr(HistoryBuffer, 'mean')``."""
 
-    def __init__(self, owner, name):
+    def __init__(self, owner: object, name: str) -> None:
         # An attribute of a real object may be code.
         if not (isinstance(owner, type) and issubclass(owner, _Placeholder)) or name.startswith('__'):
             raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name}')
 
 
 # Pickles of protocol 2 name the module `__builtin__`. PyTorch before 2.5 does not translate it to `builtins`.
-_PLACEHOLDERS = [
-    *(_placeholder(f'{module}.getattr', _Attribute) for module in ('builtins', '__builtin__')),
-    *(
-        _placeholder(name)
-        for name in (
-            'argparse.Namespace',
-            '_codecs.encode',
-            'mmengine.config.config.ConfigDict',
-            'mmengine.logging.history_buffer.HistoryBuffer',
-            'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler',
-            'numpy.ndarray',
-            'numpy.dtype',
-            *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('_reconstruct', 'scalar')),
-            *(f'collections.{name}' for name in ('Counter', 'defaultdict')),
-            *(
-                f'{module}.{name}'
-                for module in ('builtins', '__builtin__')
-                for name in ('set', 'frozenset', 'slice', 'complex')
-            ),
-        )
-    ),
-]
+_BUILTINS = ('builtins', '__builtin__')
+_NAMES = (
+    *('argparse.Namespace', '_codecs.encode', 'collections.Counter', 'collections.defaultdict'),
+    'mmengine.config.config.ConfigDict',
+    'mmengine.logging.history_buffer.HistoryBuffer',
+    'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler',
+    *('numpy.ndarray', 'numpy.dtype'),
+    *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('_reconstruct', 'scalar')),
+    *(f'{module}.{name}' for module in _BUILTINS for name in ('set', 'frozenset', 'slice', 'complex')),
+)
+_PLACEHOLDERS = [_placeholder(f'{module}.getattr', _Attribute) for module in _BUILTINS]
+_PLACEHOLDERS += [_placeholder(name) for name in _NAMES]
 
 
-def _mmengine_placeholders(path):
+def _mmengine_placeholders(path: str) -> list[type]:
     """Return placeholders for all classes of mmengine in a file, if this version of PyTorch can list them."""
     list_globals = getattr(torch.serialization, 'get_unsafe_globals_in_checkpoint', None)
     if list_globals is None or not zipfile.is_zipfile(path):

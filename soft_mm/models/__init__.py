@@ -11,13 +11,5 @@ from .attention import (
 )
 from .soft import SOFT
 
-__all__ = [
-    'SOFT',
-    'GaussianKernelAttention',
-    'LinformerAttention',
-    'NystromAttention',
-    'PerformerAttention',
-    'SoftmaxAttention',
-    'SoftmaxFreeAttention',
-    'SpatialReductionAttention',
-]
+__all__ = ['SOFT', 'GaussianKernelAttention', 'LinformerAttention', 'NystromAttention', 'PerformerAttention']
+__all__ += ['SoftmaxAttention', 'SoftmaxFreeAttention', 'SpatialReductionAttention']

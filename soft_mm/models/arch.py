@@ -1,5 +1,8 @@
 """Architectures of SOFT, and checks of the backbone's arguments. Each ``parse_*`` function returns a canonical form."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from soft_mm.ops.checks import check_choice, check_integer, is_integer
 
 NUM_STAGES = 4
@@ -10,7 +13,7 @@ _LENGTHS = dict(embed_dims=4, num_heads=4, depths=4, ratios=4, conv_sizes=3)
 _REQUIRED = ('embed_dims', 'num_heads', 'depths')
 
 #: The architectures of the papers. All have the ratios (8, 4, 2, 1) and the filter sizes (9, 5, 3).
-ARCH_ZOO = dict(
+ARCH_ZOO: dict[str, dict[str, tuple[int, ...]]] = dict(
     tiny=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 2, 3, 2)),
     small=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 3, 7, 4)),
     medium=dict(embed_dims=(64, 128, 288, 512), num_heads=(2, 4, 9, 16), depths=(1, 3, 29, 5)),
@@ -19,7 +22,7 @@ ARCH_ZOO = dict(
 )
 
 
-def parse_arch(arch):
+def parse_arch(arch: str | dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return an architecture as a dict of tuples, with defaults for missing keys.
 
     Args:
@@ -69,7 +72,7 @@ def parse_arch(arch):
     return arch
 
 
-def parse_attention(attention):
+def parse_attention(attention: dict[str, Any] | Sequence[dict[str, Any]] | None) -> Sequence[dict[str, Any]]:
     """Return the attention configs of stages 1 to 3.
 
     Args:
@@ -77,22 +80,22 @@ def parse_attention(attention):
             config.
 
     Returns:
-        list[dict]: Three configs.
+        Sequence[dict]: Three configs.
 
     Raises:
         ValueError: If ``attention`` has another form, or sets ``grid_dims`` to another value than 2.
     """
-    attention = {} if attention is None else attention
-    if not isinstance(attention, (list, tuple)):
-        attention = [attention] * (NUM_STAGES - 1)
-    if len(attention) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in attention):
-        raise ValueError(f'attention={attention!r}: expected None, a dict, or a list of three dicts for stages 1 to 3')
-    if any(cfg.get('grid_dims', 2) != 2 for cfg in attention):
-        raise ValueError(f'attention={attention!r}: expected grid_dims=2, because images have two sides; leave it out')
-    return attention
+    cfgs: Any = {} if attention is None else attention
+    if not isinstance(cfgs, (list, tuple)):
+        cfgs = [cfgs] * (NUM_STAGES - 1)
+    if len(cfgs) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in cfgs):
+        raise ValueError(f'attention={cfgs!r}: expected None, a dict, or a list of three dicts for stages 1 to 3')
+    if any(cfg.get('grid_dims', 2) != 2 for cfg in cfgs):
+        raise ValueError(f'attention={cfgs!r}: expected grid_dims=2, because images have two sides; leave it out')
+    return cfgs
 
 
-def parse_outputs(out_indices, out_type):
+def parse_outputs(out_indices: int | Sequence[int], out_type: str) -> tuple[tuple[int, ...], str]:
     """Check ``out_indices`` and ``out_type``.
 
     Args:
@@ -107,7 +110,7 @@ def parse_outputs(out_indices, out_type):
             class token is requested without the last stage.
     """
     check_choice('out_type', out_type, OUT_TYPES)
-    given = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else (out_indices,)
+    given: tuple[Any, ...] = tuple(out_indices) if isinstance(out_indices, (list, tuple)) else (out_indices,)
     valid = all(is_integer(index, 0) and index < NUM_STAGES for index in given)
     if not given or not valid or list(given) != sorted(set(given)):
         raise ValueError(
@@ -120,7 +123,7 @@ def parse_outputs(out_indices, out_type):
     return given, out_type
 
 
-def parse_img_size(img_size):
+def parse_img_size(img_size: int | Sequence[int]) -> tuple[int, int]:
     """Return an image size as ``(height, width)``.
 
     Args:
@@ -132,13 +135,13 @@ def parse_img_size(img_size):
     Raises:
         ValueError: If it is not one or two integers >= 32.
     """
-    sides = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
+    sides: tuple[Any, ...] = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
     if len(sides) != 2 or not all(is_integer(side, MIN_SIDE) for side in sides):
         raise ValueError(f'img_size={img_size!r}: expected an integer or two integers (height, width) >= {MIN_SIDE}')
-    return sides
+    return sides[0], sides[1]
 
 
-def check_frozen_stages(frozen_stages, num_stages):
+def check_frozen_stages(frozen_stages: int, num_stages: int) -> None:
     """Check that ``frozen_stages`` is an integer from -1 to the number of stages.
 
     Args:

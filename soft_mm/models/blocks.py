@@ -1,9 +1,10 @@
 """Transformer blocks of SOFT."""
 
+from typing import Any
+
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from mmengine.model import BaseModule
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soft_mm.ops.kernel import is_compiling
@@ -15,7 +16,7 @@ _CHUNK_ENTRIES = {'cpu': 2**20}
 _ACCELERATOR_ENTRIES = 2**26
 
 
-def reset_parameters(module):
+def reset_parameters(module: nn.Module) -> None:
     """Initialise a model as the authors do.
 
     Weights of linear layers, position embeddings and the class token are drawn from a truncated normal distribution
@@ -41,18 +42,18 @@ class DropPath(nn.Module):
         drop_prob (float): Probability of dropping the branch of an image in training.
     """
 
-    def __init__(self, drop_prob):
+    def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Apply stochastic depth to a branch ``(B, ...)``."""
         if not self.training or self.drop_prob == 0:
             return x
         keep = 1 - self.drop_prob
         return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:.3f}'
 
 
@@ -68,15 +69,15 @@ class MLP(nn.Sequential):
         drop_rate (float): Dropout rate after each linear layer. Defaults to 0.
     """
 
-    def __init__(self, embed_dims, approximate, drop_rate=0.0):
+    def __init__(self, embed_dims: int, approximate: str, drop_rate: float = 0.0) -> None:
         super().__init__()
-        self.add_module('fc1', nn.Linear(embed_dims, 4 * embed_dims))
-        self.add_module('act', nn.GELU(approximate))
-        self.add_module('drop1', nn.Dropout(drop_rate))
-        self.add_module('fc2', nn.Linear(4 * embed_dims, embed_dims))
-        self.add_module('drop2', nn.Dropout(drop_rate))
+        self.fc1 = nn.Linear(embed_dims, 4 * embed_dims)
+        self.act = nn.GELU(approximate)
+        self.drop1 = nn.Dropout(drop_rate)
+        self.fc2 = nn.Linear(4 * embed_dims, embed_dims)
+        self.drop2 = nn.Dropout(drop_rate)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the MLP to tokens ``(B, n, C)``."""
         # torch.compile would unroll the loop, and it plans its memory itself.
         if is_compiling():
@@ -94,7 +95,7 @@ class MLP(nn.Sequential):
                 outputs.append(self.after_fc1(hidden))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(x.shape)
 
-    def after_fc1(self, hidden):
+    def after_fc1(self, hidden: Tensor) -> Tensor:
         """Apply the layers after the first linear layer to ``(..., 4C)``."""
         return self.drop2(self.fc2(self.drop1(self.act(hidden))))
 
@@ -113,7 +114,16 @@ class SoftmaxFreeBlock(BaseModule):
             :func:`~soft_mm.models.attention.build_attention`. Defaults to None.
     """
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, attention, drop_path=0.0, grid=None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        attention: dict[str, Any],
+        drop_path: float = 0.0,
+        grid: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.attn = build_attention(attention, embed_dims, num_heads, ratio, conv_size, grid)
         self.norm1 = nn.LayerNorm(embed_dims)
@@ -121,7 +131,7 @@ class SoftmaxFreeBlock(BaseModule):
         self.norm2 = nn.LayerNorm(embed_dims)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, grid):
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Apply the block to tokens ``(B, H * W, C)`` on ``grid = (H, W)``, or ``(B, n, C)`` on ``(n,)``."""
         x = self.norm1(x + self.drop_path(self.attn(x, grid)))
         return self.norm2(x + self.drop_path(self.mlp(x)))
@@ -136,18 +146,18 @@ class MultiheadAttention(BaseModule):
         drop_rate (float): Dropout rate of the output. Defaults to 0.
     """
 
-    def __init__(self, embed_dims, num_heads, drop_rate=0.0):
+    def __init__(self, embed_dims: int, num_heads: int, drop_rate: float = 0.0) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Apply the attention to tokens ``(B, n, C)``."""
         B, n, C = x.shape
         q, k, v = self.qkv(x).reshape(B, n, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.drop(self.proj(out.transpose(1, 2).reshape(B, n, C)))
 
 
@@ -161,7 +171,7 @@ class SoftmaxBlock(BaseModule):
         drop_path (float): Rate of stochastic depth in both branches. Defaults to 0.
     """
 
-    def __init__(self, embed_dims, num_heads, drop_rate=0.0, drop_path=0.0):
+    def __init__(self, embed_dims: int, num_heads: int, drop_rate: float = 0.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = MultiheadAttention(embed_dims, num_heads, drop_rate)
@@ -169,7 +179,7 @@ class SoftmaxBlock(BaseModule):
         self.mlp = MLP(embed_dims, approximate='none', drop_rate=drop_rate)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, grid):
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Apply the block to tokens ``(B, 1 + H * W, C)``, class token first. ``grid`` is ignored."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))

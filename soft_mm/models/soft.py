@@ -12,13 +12,14 @@
 import inspect
 import logging
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -27,16 +28,7 @@ from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate
 from soft_mm.registry import MODELS
 
-from .arch import (
-    ARCH_ZOO,
-    MIN_SIDE,
-    NUM_STAGES,
-    check_frozen_stages,
-    parse_arch,
-    parse_attention,
-    parse_img_size,
-    parse_outputs,
-)
+from .arch import ARCH_ZOO, MIN_SIDE, check_frozen_stages, parse_arch, parse_attention, parse_img_size, parse_outputs
 from .blocks import SoftmaxBlock, SoftmaxFreeBlock, reset_parameters
 
 STEM_DIMS = 32
@@ -55,20 +47,17 @@ class PatchEmbed(nn.Sequential):
             one convolution of stride 2.
     """
 
-    def __init__(self, in_channels, embed_dims, stem):
+    def __init__(self, in_channels: int, embed_dims: int, stem: bool) -> None:
         widths, strides = ([STEM_DIMS, STEM_DIMS, embed_dims], [2, 1, 2]) if stem else ([embed_dims], [2])
-        layers = []
+        layers: list[nn.Module] = []
         for width, stride in zip(widths, strides):
-            layers += [
-                nn.Conv2d(in_channels, width, 3, stride, padding=1),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            ]
+            conv = nn.Conv2d(in_channels, width, 3, stride, padding=1)
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             in_channels = width
         super().__init__(*layers)
 
 
-def resize_pos_embed(pos_embed, grid):
+def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
     """Resize position embeddings bilinearly, in float32 or wider.
 
     Args:
@@ -81,7 +70,7 @@ def resize_pos_embed(pos_embed, grid):
     if tuple(pos_embed.shape[-2:]) == tuple(grid):
         return pos_embed
     wide = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
-    return F.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False).to(pos_embed.dtype)
+    return nn.functional.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False).to(pos_embed.dtype)
 
 
 class SOFTStage(BaseModule):
@@ -98,7 +87,17 @@ class SOFTStage(BaseModule):
         with_cp (bool): Whether to recompute the blocks in the backward pass.
     """
 
-    def __init__(self, in_channels, embed_dims, grid, blocks, stem, class_token, drop_rate, with_cp):
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dims: int,
+        grid: tuple[int, int],
+        blocks: Sequence[nn.Module],
+        stem: bool,
+        class_token: bool,
+        drop_rate: float,
+        with_cp: bool,
+    ) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.patch_embed = PatchEmbed(in_channels, embed_dims, stem)
@@ -111,7 +110,7 @@ class SOFTStage(BaseModule):
             self.cls_pos_embed = nn.Parameter(torch.zeros(1, 1, embed_dims))
             self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Resize the position embeddings of a checkpoint with another grid."""
         key = f'{prefix}pos_embed'
         loaded, grid = state_dict.get(key), tuple(self.pos_embed.shape[-2:])
@@ -120,7 +119,7 @@ class SOFTStage(BaseModule):
             state_dict[key] = resize_pos_embed(loaded, grid)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Apply the stage.
 
         Args:
@@ -132,7 +131,7 @@ class SOFTStage(BaseModule):
         """
         # In channels-last format, a map and its tokens have the same memory layout, so no copy is needed.
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
-        grid = tuple(x.shape[-2:])
+        grid = (x.shape[-2], x.shape[-1])
         x = x.permute(0, 2, 3, 1).flatten(1, 2) + resize_pos_embed(self.pos_embed, grid).flatten(2).transpose(1, 2)
         if self.class_token:
             x = torch.cat([(self.cls_token + self.cls_pos_embed).expand(x.shape[0], -1, -1), x], dim=1)
@@ -199,20 +198,20 @@ class SOFT(BaseModule):
 
     def __init__(
         self,
-        arch='tiny',
-        attention=None,
-        out_indices=(0, 1, 2, 3),
-        out_type='featmap',
-        in_channels=3,
-        img_size=224,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
-        frozen_stages=-1,
-        norm_eval=False,
-        with_cp=False,
-        init_cfg=None,
-        **unknown,
-    ):
+        arch: str | dict[str, Any] = 'tiny',
+        attention: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        out_type: str = 'featmap',
+        in_channels: int = 3,
+        img_size: int | Sequence[int] = 224,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        **unknown: object,
+    ) -> None:
         if unknown:
             allowed = [name for name in inspect.signature(SOFT).parameters if name != 'unknown']
             raise TypeError(f'SOFT does not take the keywords {sorted(unknown)}; allowed are {allowed}')
@@ -221,7 +220,7 @@ class SOFT(BaseModule):
         attentions = parse_attention(attention)
         self.out_indices, self.out_type = parse_outputs(out_indices, out_type)
         num_stages = self.out_indices[-1] + 1
-        img_size = parse_img_size(img_size)
+        self.img_size = parse_img_size(img_size)
         check_integer('in_channels', in_channels)
         check_rate('drop_rate', drop_rate)
         check_rate('drop_path_rate', drop_path_rate)
@@ -229,7 +228,6 @@ class SOFT(BaseModule):
         check_bool('norm_eval', norm_eval)
         check_bool('with_cp', with_cp)
         self.in_channels = in_channels
-        self.img_size = img_size
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
@@ -238,26 +236,19 @@ class SOFT(BaseModule):
         drop_paths = (drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths)))
         self.stages = nn.ModuleList()
         for i in range(num_stages):
-            grid = tuple(-(-side // 2 ** (i + 2)) for side in img_size)
-            if i < NUM_STAGES - 1:
-                local = dict(
-                    ratio=self.arch['ratios'][i],
-                    conv_size=self.arch['conv_sizes'][i],
-                    attention=attentions[i],
-                    grid=grid,
-                )
-                blocks = [
-                    SoftmaxFreeBlock(dims[i], heads[i], drop_path=next(drop_paths), **local) for _ in range(depths[i])
-                ]
+            grid = tuple(-(-side // 2 ** (i + 2)) for side in self.img_size)
+            if i < len(attentions):
+                options = (dims[i], heads[i], self.arch['ratios'][i], self.arch['conv_sizes'][i], attentions[i])
+                blocks = [SoftmaxFreeBlock(*options, next(drop_paths), grid) for _ in range(depths[i])]
             else:
                 blocks = [SoftmaxBlock(dims[i], heads[i], drop_rate, next(drop_paths)) for _ in range(depths[i])]
             channels = in_channels if i == 0 else dims[i - 1]
-            last = i == NUM_STAGES - 1
+            last = i == len(attentions)
             self.stages.append(SOFTStage(channels, dims[i], grid, blocks, i == 0, last, drop_rate, with_cp))
         reset_parameters(self)
         self._freeze_stages()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, or call mmengine's initialisation if there is none.
 
         Unlike mmengine, this method refuses a checkpoint that does not fit.
@@ -295,16 +286,15 @@ class SOFT(BaseModule):
         print_log(fit.report, 'current', logging.INFO)
         self._is_init = True
 
-    def _freeze_stages(self):
+    def _freeze_stages(self) -> None:
         frozen = list(self.stages[: max(self.frozen_stages, 0)])
         if self.frozen_stages == 0:
             self.stages[0].pos_embed.requires_grad = False
-            frozen = [self.stages[0].patch_embed]
+            frozen = [self.stages[0].get_submodule('patch_embed')]
         for module in frozen:
-            module.eval()
-            module.requires_grad_(False)
+            module.eval().requires_grad_(False)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'SOFT':
         """Set training or evaluation mode.
 
         Frozen stages, and with ``norm_eval`` every BatchNorm, always stay in evaluation mode.
@@ -324,7 +314,7 @@ class SOFT(BaseModule):
                         module.eval()
         return self
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of the stages of ``out_indices``.
 
         Args:
@@ -350,6 +340,7 @@ class SOFT(BaseModule):
                 'enlarge or pad the image'
             )
         outputs = []
+        stage: Any
         for i, stage in enumerate(self.stages):
             tokens, grid = stage(x)
             if stage.class_token:
@@ -364,7 +355,7 @@ class SOFT(BaseModule):
                 outputs.append(x.contiguous())
         return tuple(outputs)
 
-    def get_layer_depth(self, param_name, prefix=''):
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Return the depth of a parameter, for layer-wise learning rate decay.
 
         mmpretrain's ``LearningRateDecayOptimWrapperConstructor`` calls this method.

@@ -1,6 +1,6 @@
 """Softmax-free attention over landmarks, and its local branch."""
 
-import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .blockwise import blockwise_attention
 from .checks import check_choice, check_integer, check_positive
@@ -11,7 +11,7 @@ SOLVERS = ('newton', 'cholesky', 'svd')
 _DEFAULTS = dict(newton_iterations=20, newton_backward='one_step', ridge=0.01)
 
 
-def check_solver(solver, normalized=False, **options):
+def check_solver(solver: str, normalized: bool = False, **options: object) -> None:
     """Check the options of the inverse. Options without effect on the chosen solver must keep their defaults.
 
     Args:
@@ -27,11 +27,8 @@ def check_solver(solver, normalized=False, **options):
     check_integer('newton_iterations', options['newton_iterations'])
     check_choice('newton_backward', options['newton_backward'], NEWTON_BACKWARDS)
     check_positive('ridge', options['ridge'])
-    used = {
-        'newton_iterations': solver == 'newton',
-        'newton_backward': solver == 'newton' and not normalized,
-        'ridge': solver == 'cholesky' or (solver == 'newton' and not normalized),
-    }
+    plain = solver == 'newton' and not normalized
+    used = dict(newton_iterations=solver == 'newton', newton_backward=plain, ridge=plain or solver == 'cholesky')
     for name, value in options.items():
         if not used[name] and value != _DEFAULTS[name]:
             raise ValueError(
@@ -40,7 +37,7 @@ def check_solver(solver, normalized=False, **options):
             )
 
 
-def _kernel_and_ridge_matrix(landmarks, ridge):
+def _kernel_and_ridge_matrix(landmarks: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return ``A`` and ``A + ridge * I``. The latter is positive definite even after rounding."""
     landmarks = landmarks.to(compute_dtype(landmarks))
     # Centring does not change distances, and it reduces their rounding errors.
@@ -49,20 +46,20 @@ def _kernel_and_ridge_matrix(landmarks, ridge):
     return kernel, ridge_matrix(kernel, ridge, landmarks.detach().square().sum(-1).amax(-1))
 
 
-def _degree_roots(kernel, degree_scale):
+def _degree_roots(kernel: Tensor, degree_scale: float) -> Tensor:
     root = (degree_scale * kernel.sum(-1, keepdim=True)).sqrt()
     return root * root.transpose(-2, -1)
 
 
 def middle_matrix(
-    landmarks,
-    normalized=False,
-    solver='newton',
-    newton_iterations=20,
-    newton_backward='one_step',
-    ridge=0.01,
-    degree_scale=1.0,
-):
+    landmarks: Tensor,
+    normalized: bool = False,
+    solver: str = 'newton',
+    newton_iterations: int = 20,
+    newton_backward: str = 'one_step',
+    ridge: float = 0.01,
+    degree_scale: float = 1.0,
+) -> tuple[Tensor, bool]:
     """Compute the matrix ``M`` of the attention ``P M (P^T v)`` from the landmarks.
 
     ``M`` is ``A_inv``, or with ``normalized`` ``D^-1/2 A_inv D^-1/2`` with ``D = degree_scale * diag(A 1)``.
@@ -100,8 +97,14 @@ def middle_matrix(
 
 
 def softmax_free_attention(
-    q, landmarks, v, solver='newton', newton_iterations=20, newton_backward='one_step', ridge=0.01
-):
+    q: Tensor,
+    landmarks: Tensor,
+    v: Tensor,
+    solver: str = 'newton',
+    newton_iterations: int = 20,
+    newton_backward: str = 'one_step',
+    ridge: float = 0.01,
+) -> Tensor:
     """Compute plain attention ``P (A_inv (P^T v))`` with ``P = g(q, l)`` and ``A = g(l, l)`` (SOFT, section 3.2).
 
     ``P`` is formed in chunks of tokens (:mod:`soft_mm.ops.blockwise`). Nothing of size ``n x n`` or ``n x m`` is held.
@@ -122,13 +125,19 @@ def softmax_free_attention(
     Raises:
         ValueError: If an option is out of its range, or has no effect with this solver and differs from its default.
     """
-    options = dict(newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge)
-    return blockwise_attention(q, landmarks, v, *middle_matrix(landmarks, False, solver, **options))
+    matrix = middle_matrix(landmarks, False, solver, newton_iterations, newton_backward, ridge)
+    return blockwise_attention(q, landmarks, v, *matrix)
 
 
 def normalized_softmax_free_attention(
-    q, landmarks, v, solver='newton', newton_iterations=20, ridge=0.01, degree_scale=1.0
-):
+    q: Tensor,
+    landmarks: Tensor,
+    v: Tensor,
+    solver: str = 'newton',
+    newton_iterations: int = 20,
+    ridge: float = 0.01,
+    degree_scale: float = 1.0,
+) -> Tensor:
     """Compute normalised attention ``P (D^-1/2 A_inv D^-1/2 (P^T v))`` (SOFT++, attention normalisation).
 
     ``D`` is ``degree_scale * diag(A 1)``.
@@ -151,12 +160,11 @@ def normalized_softmax_free_attention(
     Raises:
         ValueError: If an option is out of its range, or has no effect with this solver and differs from its default.
     """
-    options = dict(newton_iterations=newton_iterations, ridge=ridge)
-    matrix = middle_matrix(landmarks, True, solver, degree_scale=degree_scale, **options)
+    matrix = middle_matrix(landmarks, True, solver, newton_iterations, ridge=ridge, degree_scale=degree_scale)
     return blockwise_attention(q, landmarks, v, *matrix)
 
 
-def local_branch(v, grid, weight):
+def local_branch(v: Tensor, grid: tuple[int, int], weight: Tensor) -> Tensor:
     """Convolve the values depthwise with one filter per head, as the authors' code does.
 
     Args:
@@ -171,5 +179,5 @@ def local_branch(v, grid, weight):
     maps = v.unflatten(1, grid).permute(0, 3, 1, 2)
     filters = weight.repeat_interleave(channels // weight.shape[0], dim=0)
     padding = (weight.shape[-2] // 2, weight.shape[-1] // 2)
-    out = F.conv2d(maps, filters, padding=padding, groups=channels)
+    out = nn.functional.conv2d(maps, filters, padding=padding, groups=channels)
     return out.permute(0, 2, 3, 1).flatten(1, 2)

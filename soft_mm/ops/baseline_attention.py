@@ -9,11 +9,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .kernel import compute_dtype, gaussian_kernel, without_autocast
 
 
-def linformer_attention(q, k, v, key_weight, value_weight):
+def linformer_attention(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor, value_weight: Tensor) -> Tensor:
     """Compute softmax attention over ``p`` learned combinations of keys and values.
 
     Source: Linformer, arXiv:2006.04768, eq. 7.
@@ -31,7 +32,7 @@ def linformer_attention(q, k, v, key_weight, value_weight):
     return F.scaled_dot_product_attention(q, key_weight.to(k.dtype) @ k, value_weight.to(v.dtype) @ v)
 
 
-def resize_sequence_projection(weight, grid):
+def resize_sequence_projection(weight: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize a projection of tokens to another grid, bilinearly and with antialiasing.
 
     The result is multiplied by the ratio of the token counts. A row that averages the tokens then still averages them.
@@ -43,38 +44,39 @@ def resize_sequence_projection(weight, grid):
     Returns:
         Tensor: ``(p, n)``.
     """
-    learned, grid = tuple(weight.shape[1:]), tuple(grid)
-    if learned == grid:
+    learned = tuple(weight.shape[1:])
+    if learned == tuple(grid):
         return weight.flatten(1)
     wide = weight[None].to(compute_dtype(weight))
-    resized = F.interpolate(wide, size=grid, mode='bilinear', align_corners=False, antialias=True)[0]
+    resized = F.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False, antialias=True)[0]
     return resized.flatten(1) * (math.prod(learned) / math.prod(grid))
 
 
-def orthogonal_features(num_features, dims, generator=None, device=None):
+def orthogonal_features(
+    num_features: int, dims: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """Draw the directions of FAVOR+: normal vectors, orthogonal within groups of ``dims`` (Performer, section 2.4).
 
     Args:
         num_features (int): Number of directions.
         dims (int): Their dimension ``d``.
         generator (torch.Generator | None): Random generator. Defaults to None: PyTorch's own.
-        device (torch.device | None): Device of the generator and of the result. Defaults to None: the CPU.
+        device (torch.device | str | None): Device of the generator and of the result. Defaults to None: the CPU.
 
     Returns:
         Tensor: ``(num_features, d)``.
     """
-    options = dict(generator=generator, device=device)
     groups = -(-num_features // dims)
-    basis, upper = torch.linalg.qr(torch.randn(groups, dims, dims, **options))
+    basis, upper = torch.linalg.qr(torch.randn(groups, dims, dims, generator=generator, device=device))
     # The directions are uniform on the sphere only if the diagonal of R is positive, so its signs are moved into Q.
     basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     basis = basis.flatten(0, 1)[:num_features]
-    lengths = torch.randn(num_features, dims, **options).norm(dim=1, keepdim=True)
+    lengths = torch.randn(num_features, dims, generator=generator, device=device).norm(dim=1, keepdim=True)
     return basis * lengths
 
 
 @without_autocast
-def performer_attention(q, k, v, features, eps=1e-6):
+def performer_attention(q: Tensor, k: Tensor, v: Tensor, features: Tensor, eps: float = 1e-6) -> Tensor:
     """Compute softmax attention by positive random features (Performer, arXiv:2009.14794, lemma 1).
 
     Args:
@@ -92,7 +94,7 @@ def performer_attention(q, k, v, features, eps=1e-6):
     q, k = (tensor * q.shape[-1] ** -0.25 for tensor in (q, k))
     features = features.to(dtype)
 
-    def logits(x):
+    def logits(x: Tensor) -> Tensor:
         return x @ features.T - x.square().sum(-1, keepdim=True) / 2
 
     # The maximum is subtracted to avoid overflow. The common factor cancels in the quotient.
@@ -104,7 +106,7 @@ def performer_attention(q, k, v, features, eps=1e-6):
 
 
 @without_autocast
-def iterative_pinv(matrix, iterations=6):
+def iterative_pinv(matrix: Tensor, iterations: int = 6) -> Tensor:
     """Compute the pseudo-inverse of row-stochastic matrices by a third-order iteration.
 
     Source: Nystromformer, arXiv:2102.03902, eq. 11.
@@ -127,7 +129,9 @@ def iterative_pinv(matrix, iterations=6):
     return inverse
 
 
-def nystrom_attention(q, k, v, query_landmarks, key_landmarks, iterations=6):
+def nystrom_attention(
+    q: Tensor, k: Tensor, v: Tensor, query_landmarks: Tensor, key_landmarks: Tensor, iterations: int = 6
+) -> Tensor:
     """Compute ``softmax(q l_k^T) softmax(l_q l_k^T)^+ softmax(l_q k^T) v`` (Nystromformer, arXiv:2102.03902, eq. 13).
 
     Args:
@@ -147,7 +151,7 @@ def nystrom_attention(q, k, v, query_landmarks, key_landmarks, iterations=6):
 
 
 @without_autocast
-def _solve_landmarks(query_landmarks, key_landmarks, gathered, iterations):
+def _solve_landmarks(query_landmarks: Tensor, key_landmarks: Tensor, gathered: Tensor, iterations: int) -> Tensor:
     """Return ``softmax(l_q l_k^T)^+ gathered`` in the dtype of ``gathered``, computed in float32 or wider."""
     dtype = compute_dtype(gathered)
     query_landmarks, key_landmarks = query_landmarks.to(dtype), key_landmarks.to(dtype)
@@ -157,7 +161,7 @@ def _solve_landmarks(query_landmarks, key_landmarks, gathered, iterations):
 
 
 @without_autocast
-def gaussian_attention(q, v):
+def gaussian_attention(q: Tensor, v: Tensor) -> Tensor:
     """Compute ``g(q, q) v``: the Gaussian kernel between all tokens, without decomposition (SOFT, section 3.1).
 
     Args:

@@ -1,5 +1,8 @@
 """The product ``P M (P^T v)`` in chunks of tokens, forward and backward. ``P = g(q, l)`` is never held whole."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -12,7 +15,7 @@ _CHUNK_ENTRIES = {'cpu': 2**19}
 _ACCELERATOR_ENTRIES = 2**24
 
 
-def chunk_slices(q, landmarks):
+def chunk_slices(q: Tensor, landmarks: Tensor) -> list[slice]:
     """Return slices that split the tokens into chunks of nearly equal size.
 
     Args:
@@ -27,11 +30,11 @@ def chunk_slices(q, landmarks):
     return [slice(i * tokens // count, (i + 1) * tokens // count) for i in range(count)]
 
 
-def _append_ones(tokens):
+def _append_ones(tokens: Tensor) -> Tensor:
     return torch.cat([tokens, tokens.new_ones(*tokens.shape[:-1], 1)], dim=-1)
 
 
-def _empty_tokens(like, dtype):
+def _empty_tokens(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an empty tensor ``(B, h, n, d)`` in which the heads of a token are adjacent in memory."""
     B, heads, n, d = like.shape
     return torch.empty(B, n, heads, d, dtype=dtype, device=like.device).transpose(1, 2)
@@ -54,7 +57,7 @@ def _forward(q: Tensor, landmarks: Tensor, v: Tensor, matrix: Tensor, inverted: 
     return out, gathered, weights
 
 
-def _forward_shapes(q, landmarks, v, matrix, inverted):
+def _forward_shapes(q: Tensor, landmarks: Tensor, v: Tensor, matrix: Tensor, inverted: bool) -> tuple[Tensor, ...]:
     gathered = landmarks.new_empty(*landmarks.shape[:-1], v.shape[-1])
     weights = gathered.mT.contiguous().mT if inverted else torch.empty_like(gathered)
     return _empty_tokens(v, v.dtype), gathered, weights
@@ -100,12 +103,12 @@ def _backward(
     return grad_q, grad_landmarks, grad_v, grad_matrix
 
 
-def _backward_shapes(grad, q, landmarks, v, matrix, gathered, weights, inverted):
+def _backward_shapes(grad: Tensor, q: Tensor, landmarks: Tensor, v: Tensor, matrix: Tensor, *rest: Any) -> Any:
     grads = [tensor.new_empty(tensor.shape) for tensor in (landmarks, matrix)]
     return _empty_tokens(q, q.dtype), grads[0], _empty_tokens(v, v.dtype), grads[1]
 
 
-def _compiled(function, shapes):
+def _compiled(function: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``function`` as a custom operator, because ``torch.compile`` would otherwise unroll its loops."""
     # PyTorch before 2.4 has no `custom_op`.
     if not hasattr(torch.library, 'custom_op'):
@@ -129,7 +132,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, landmarks, v, matrix, inverted):
+    def forward(ctx: Any, q: Tensor, landmarks: Tensor, v: Tensor, matrix: Tensor, inverted: bool) -> Tensor:
         if inverted:
             matrix, _ = torch.linalg.cholesky_ex(matrix)
         out, gathered, weights = _FORWARD(q, landmarks, v, matrix, inverted)
@@ -139,13 +142,13 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
             return (*_BACKWARD(grad, *ctx.saved_tensors, ctx.inverted), None)
 
 
 @without_autocast
-def blockwise_attention(q, landmarks, v, matrix, inverted=False):
+def blockwise_attention(q: Tensor, landmarks: Tensor, v: Tensor, matrix: Tensor, inverted: bool = False) -> Tensor:
     """Compute ``P M (P^T v)`` with ``P = g(q, l)``. The memory grows with ``n d + m^2``, not with ``n m``.
 
     The product is evaluated from right to left, so that nothing of size ``n x n`` is formed (SOFT, section 3.2). Each

@@ -1,9 +1,10 @@
 """Checks of arguments. Each raises a ``ValueError`` that states the given value and the allowed values."""
 
 import math
+from collections.abc import Sequence
 
 
-def is_integer(value, minimum=1):
+def is_integer(value: object, minimum: int = 1) -> bool:
     """Return whether a value is an integer (not a bool) >= ``minimum``.
 
     Args:
@@ -16,7 +17,7 @@ def is_integer(value, minimum=1):
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def check_integer(name, value, minimum=1):
+def check_integer(name: str, value: object, minimum: int = 1) -> None:
     """Check that a value is an integer (not a bool) >= ``minimum``.
 
     Args:
@@ -31,7 +32,7 @@ def check_integer(name, value, minimum=1):
         raise ValueError(f'{name}={value!r}: expected an integer >= {minimum}')
 
 
-def check_positive(name, value):
+def check_positive(name: str, value: object) -> None:
     """Check that a value is a finite number > 0.
 
     Args:
@@ -45,7 +46,7 @@ def check_positive(name, value):
         raise ValueError(f'{name}={value!r}: expected a finite number > 0')
 
 
-def check_rate(name, value):
+def check_rate(name: str, value: object) -> None:
     """Check that a value is a number in [0, 1).
 
     Args:
@@ -59,7 +60,7 @@ def check_rate(name, value):
         raise ValueError(f'{name}={value!r}: expected a number >= 0 and < 1')
 
 
-def check_bool(name, value):
+def check_bool(name: str, value: object) -> None:
     """Check that a value is True or False.
 
     Args:
@@ -73,7 +74,7 @@ def check_bool(name, value):
         raise ValueError(f'{name}={value!r}: expected True or False')
 
 
-def check_choice(name, value, choices):
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Check that a value is one of ``choices``.
 
     Args:

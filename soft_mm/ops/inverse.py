@@ -1,6 +1,9 @@
 """Inverses of the landmark kernel ``A``: truncated Newton, ridge (by Cholesky) and exact (pseudo-inverse)."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .checks import check_choice
 from .kernel import compute_dtype, gaussian_kernel, without_autocast
@@ -8,7 +11,7 @@ from .kernel import compute_dtype, gaussian_kernel, without_autocast
 NEWTON_BACKWARDS = ('one_step', 'exact')
 
 
-def add_ridge(kernel, ridge):
+def add_ridge(kernel: Tensor, ridge: float | Tensor) -> Tensor:
     """Compute ``kernel + ridge * I``.
 
     Args:
@@ -21,7 +24,7 @@ def add_ridge(kernel, ridge):
     return kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
 
 
-def _iterate(kernel, inverse, iterations):
+def _iterate(kernel: Tensor, inverse: Tensor, iterations: int) -> Tensor:
     shape = kernel.shape
     kernel, inverse = (matrix.reshape(-1, *shape[-2:]) for matrix in (kernel, inverse))
     for _ in range(iterations):
@@ -29,7 +32,7 @@ def _iterate(kernel, inverse, iterations):
     return inverse.view(shape)
 
 
-def _plain_step(kernel):
+def _plain_step(kernel: Tensor) -> Tensor:
     return 1.8 / kernel.sum(-1).amax(-1)[..., None, None].square()
 
 
@@ -37,7 +40,7 @@ class _OneStepNewton(torch.autograd.Function):
     """Newton iterations with the gradient of the true inverse, ``dL/dA = -V^T (dL/dV) V^T``."""
 
     @staticmethod
-    def forward(ctx, kernel, iterations, ridge):
+    def forward(ctx: Any, kernel: Tensor, iterations: int, ridge: float) -> Tensor:
         step = _plain_step(kernel)
         kernel = add_ridge(kernel, ridge)
         inverse = _iterate(kernel, step * kernel, iterations)
@@ -45,18 +48,18 @@ class _OneStepNewton(torch.autograd.Function):
         return inverse
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _one_step_gradient(grad, *ctx.saved_tensors), None, None
 
 
 @without_autocast
-def _one_step_gradient(grad, inverse):
+def _one_step_gradient(grad: Tensor, inverse: Tensor) -> Tensor:
     transposed = inverse.transpose(-2, -1)
     return -transposed @ grad @ transposed
 
 
 @without_autocast
-def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
+def newton_inverse(kernel: Tensor, iterations: int = 20, ridge: float = 0.01, backward: str = 'one_step') -> Tensor:
     """Compute the truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.2).
 
     ``V_0 = alpha A'`` with ``A' = A + ridge * I`` and ``alpha = 1.8 / (largest row sum of A)^2``, then
@@ -86,7 +89,7 @@ def newton_inverse(kernel, iterations=20, ridge=0.01, backward='one_step'):
 
 
 @without_autocast
-def newton_inverse_per_image(kernel, iterations=20):
+def newton_inverse_per_image(kernel: Tensor, iterations: int = 20) -> Tensor:
     """Compute the truncated Newton inverse without a ridge, with one step size per image (SOFT++).
 
     The step size is ``alpha = 2 / (largest row sum)^2``. It is halved up to ten times while the largest column sum of
@@ -118,7 +121,7 @@ def newton_inverse_per_image(kernel, iterations=20):
 
 
 @without_autocast
-def pseudo_inverse(landmarks):
+def pseudo_inverse(landmarks: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the Moore-Penrose inverse of the landmark kernel in float64 from its singular values.
 
     It is the exact reference for the other inverses, and many times slower.
@@ -134,7 +137,7 @@ def pseudo_inverse(landmarks):
     return torch.linalg.pinv(kernel, hermitian=True).to(dtype), kernel.to(dtype)
 
 
-def safe_ridge(kernel, ridge, square_norm=0.0):
+def safe_ridge(kernel: Tensor, ridge: float, square_norm: float | Tensor = 0.0) -> Tensor:
     """Return a ridge that is large enough to factorise ``kernel`` in its dtype: ``max(ridge, eps r (8 + 2 s))``.
 
     Two rounding errors can make the smallest eigenvalue negative. The factorisation has errors of about ``eps r``,
@@ -155,7 +158,7 @@ def safe_ridge(kernel, ridge, square_norm=0.0):
         return bound.clamp(min=ridge)
 
 
-def ridge_matrix(kernel, ridge=0.01, square_norm=0.0):
+def ridge_matrix(kernel: Tensor, ridge: float = 0.01, square_norm: float | Tensor = 0.0) -> Tensor:
     """Compute ``A + ridge * I`` with a ridge that is increased if rounding requires it, see :func:`safe_ridge`.
 
     Args:

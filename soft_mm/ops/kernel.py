@@ -1,14 +1,19 @@
 """The Gaussian kernel between two sets of tokens."""
 
 import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
+P = ParamSpec('P')
+T = TypeVar('T')
 # PyTorch before 2.3 has no `is_compiling`.
-is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
+is_compiling: Callable[[], bool] = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
 
 
-def compute_dtype(tensor):
+def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype in which distances are computed.
 
     In half precision, cancellation in ``||a||^2 + ||b||^2 - 2 a.b`` can remove all correct digits.
@@ -22,7 +27,7 @@ def compute_dtype(tensor):
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def without_autocast(function):
+def without_autocast(function: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
     """Decorate a function to run with autocast disabled. The function casts its inputs itself.
 
     Args:
@@ -33,7 +38,7 @@ def without_autocast(function):
     """
 
     @functools.wraps(function)
-    def run(tensor, *args, **kwargs):
+    def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
         with torch.autocast(tensor.device.type, enabled=False):
             return function(tensor, *args, **kwargs)
 
@@ -41,7 +46,7 @@ def without_autocast(function):
 
 
 @without_autocast
-def gaussian_kernel(a, b):
+def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``exp(-||a_i - b_j||^2 / 2)`` for all pairs with one batched matrix product (SOFT, section 3.1).
 
     Args:

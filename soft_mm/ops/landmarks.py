@@ -4,12 +4,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .kernel import compute_dtype, without_autocast
 
 
 @without_autocast
-def project_patches(q, grid, weight):
+def project_patches(q: Tensor, grid: tuple[int, int], weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Apply a convolution whose kernel equals its stride to the queries of each head.
 
     The patches do not overlap, so the convolution is one matrix product over flattened patches. Rows and columns that
@@ -39,7 +40,7 @@ def project_patches(q, grid, weight):
 
 
 @without_autocast
-def activate_landmarks(tokens, weight, bias, eps=1e-5):
+def activate_landmarks(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Apply LayerNorm and GELU to landmark tokens, in float32 or wider.
 
     Args:
@@ -56,7 +57,9 @@ def activate_landmarks(tokens, weight, bias, eps=1e-5):
     return F.gelu(F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps))
 
 
-def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
+def conv_landmarks(
+    q: Tensor, grid: tuple[int, int], weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, tuple[int, int]]:
     """Sample landmarks by a strided convolution: ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.2).
 
     Args:
@@ -75,7 +78,7 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
     return activate_landmarks(tokens, norm_weight, norm_bias, eps), grid
 
 
-def pooled_grid(grid, max_landmarks):
+def pooled_grid(grid: tuple[int, int], max_landmarks: int) -> tuple[int, int]:
     """Return a grid with at most ``max_landmarks`` cells, close to that number and to the aspect ratio of ``grid``.
 
     The ideal short side is rounded down or up, whichever keeps the aspect ratio better.
@@ -94,7 +97,7 @@ def pooled_grid(grid, max_landmarks):
     below = max(int(math.sqrt(short * max_landmarks // long)), 1)
     above = min(below + 1, short, max_landmarks)
 
-    def aspect_error(side):
+    def aspect_error(side: int) -> float:
         return abs(math.log(min(long, max_landmarks // side) * short / (side * long)))
 
     short_out = above if aspect_error(above) < aspect_error(below) else below
@@ -102,7 +105,7 @@ def pooled_grid(grid, max_landmarks):
     return (short_out, long_out) if H <= W else (long_out, short_out)
 
 
-def pool_landmarks(landmarks, grid, max_landmarks):
+def pool_landmarks(landmarks: Tensor, grid: tuple[int, int], max_landmarks: int | None) -> tuple[Tensor, float]:
     """Average landmarks over the cells of a coarser grid, so that at most ``max_landmarks`` remain.
 
     Args:
@@ -121,7 +124,7 @@ def pool_landmarks(landmarks, grid, max_landmarks):
     return pooled, count / pooled.shape[2]
 
 
-def mean_landmarks(tokens, grid, out_grid):
+def mean_landmarks(tokens: Tensor, grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
     """Average tokens over the cells of a coarser grid. The cells of a sequence, whose grid is ``(1, n)``, are segments.
 
     Args:
@@ -139,7 +142,7 @@ def mean_landmarks(tokens, grid, out_grid):
     return F.adaptive_avg_pool2d(maps, out_grid).flatten(2).transpose(1, 2).reshape(B, heads, -1, d)
 
 
-def random_landmarks(q, count, generator=None):
+def random_landmarks(q: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw tokens without replacement, the same for every head and image (SOFT, ablation of landmark sampling).
 
     Args:

@@ -9,11 +9,14 @@ SOFT: *Softmax-free Transformer with Linear Complexity*, NeurIPS 2021, arXiv:211
 SOFT++: *Softmax-free Linear Transformers*, IJCV 2024, arXiv:2207.03341.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def gaussian_kernel(a, b):
+def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``exp(-||a_i - b_j||^2 / 2)`` for all pairs (SOFT, section 3.1).
 
     Args:
@@ -26,7 +29,9 @@ def gaussian_kernel(a, b):
     return torch.exp(-(a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1) / 2)
 
 
-def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
+def conv_landmarks(
+    q: Tensor, grid: tuple[int, int], weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5
+) -> Tensor:
     """Compute landmarks ``GELU(LayerNorm(conv(q)))`` (SOFT, section 3.2).
 
     A side of the grid that is shorter than ``r`` is first stretched to ``r`` by nearest neighbours.
@@ -49,7 +54,7 @@ def conv_landmarks(q, grid, weight, norm_weight, norm_bias, eps=1e-5):
     return F.gelu(F.layer_norm(tokens, (d,), norm_weight, norm_bias, eps)).reshape(B, h, -1, d)
 
 
-def pool_landmarks(landmarks, grid, out_grid):
+def pool_landmarks(landmarks: Tensor, grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
     """Average landmarks over the cells of a coarser grid.
 
     Cell ``i`` of ``k`` along a side of length ``s`` spans ``floor(i s / k)`` to ``ceil((i + 1) s / k)``. Neighbouring
@@ -73,7 +78,7 @@ def pool_landmarks(landmarks, grid, out_grid):
     return torch.stack(cells, dim=2)
 
 
-def newton_inverse(kernel, iterations=20, ridge=0.01):
+def newton_inverse(kernel: Tensor, iterations: int = 20, ridge: float = 0.01) -> Tensor:
     """Compute the truncated Newton inverse of each matrix plus ``ridge * I`` (SOFT, section 3.2).
 
     Args:
@@ -92,7 +97,7 @@ def newton_inverse(kernel, iterations=20, ridge=0.01):
     return inverse
 
 
-def newton_inverse_per_image(kernel, iterations=20):
+def newton_inverse_per_image(kernel: Tensor, iterations: int = 20) -> Tensor:
     """Compute the truncated Newton inverse without a ridge, with one step size per image (SOFT++, the authors' code).
 
     The step size is ``2 / (largest row sum)^2``. It is halved up to ten times while the largest column sum of
@@ -120,7 +125,7 @@ def newton_inverse_per_image(kernel, iterations=20):
     return torch.stack(inverses)
 
 
-def ridge_inverse(kernel, ridge=0.01):
+def ridge_inverse(kernel: Tensor, ridge: float = 0.01) -> Tensor:
     """Compute ``(A + ridge * I)^-1`` for each matrix.
 
     Args:
@@ -133,7 +138,14 @@ def ridge_inverse(kernel, ridge=0.01):
     return torch.linalg.inv(kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device))
 
 
-def softmax_free_attention(q, landmarks, v, inverse, normalized=False, degree_scale=1.0):
+def softmax_free_attention(
+    q: Tensor,
+    landmarks: Tensor,
+    v: Tensor,
+    inverse: Callable[[Tensor], Tensor],
+    normalized: bool = False,
+    degree_scale: float = 1.0,
+) -> Tensor:
     """Compute ``P A_inv P^T v``, or with ``normalized`` ``P D^-1/2 A_inv D^-1/2 P^T v``.
 
     Sources: SOFT, section 3.2; SOFT++, attention normalisation.
@@ -157,7 +169,7 @@ def softmax_free_attention(q, landmarks, v, inverse, normalized=False, degree_sc
     return P @ middle @ P.transpose(-2, -1) @ v
 
 
-def local_branch(v, grid, weight):
+def local_branch(v: Tensor, grid: tuple[int, int], weight: Tensor) -> Tensor:
     """Convolve the values depthwise with one filter per head.
 
     Args:

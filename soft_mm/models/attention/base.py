@@ -2,11 +2,12 @@
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from mmengine.model import BaseModule
+from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer
@@ -14,9 +15,10 @@ from soft_mm.registry import MODELS
 
 # Arguments that the backbone passes to every attention.
 _SHAPE = ('embed_dims', 'num_heads', 'ratio', 'conv_size')
+InitCfg = dict[str, Any] | list[dict[str, Any]] | None
 
 
-def patch_sides(size, grid_dims):
+def patch_sides(size: int, grid_dims: int) -> tuple[int, int]:
     """Return the sides of a patch or a filter.
 
     Args:
@@ -29,7 +31,7 @@ def patch_sides(size, grid_dims):
     return (size, size) if grid_dims == 2 else (1, size)
 
 
-def split_heads(x, num_heads):
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """Split the channels of tokens into heads.
 
     Args:
@@ -42,7 +44,7 @@ def split_heads(x, num_heads):
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
-def merge_heads(x):
+def merge_heads(x: Tensor) -> Tensor:
     """Join the heads of tokens, the inverse of :func:`split_heads`.
 
     Args:
@@ -63,12 +65,12 @@ class LocalBranch(nn.Conv2d):
         grid_dims (int): 2 for maps, 1 for sequences.
     """
 
-    def __init__(self, num_heads, conv_size, grid_dims):
+    def __init__(self, num_heads: int, conv_size: int, grid_dims: int) -> None:
         rows, columns = patch_sides(conv_size, grid_dims)
         padding = (rows // 2, columns // 2)
         super().__init__(num_heads, num_heads, (rows, columns), padding=padding, groups=num_heads, bias=False)
 
-    def forward(self, v, grid):
+    def forward(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """Convolve values ``(B, n, C)`` on ``grid`` and return ``(B, n, C)``."""
         return ops.local_branch(v, grid, self.weight)
 
@@ -92,7 +94,9 @@ class BaseAttention(BaseModule):
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
+    def __init__(
+        self, embed_dims: int, num_heads: int, ratio: int, conv_size: int, grid_dims: int, init_cfg: InitCfg
+    ) -> None:
         super().__init__(init_cfg)
         for name, value in dict(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size).items():
             check_integer(name, value)
@@ -105,9 +109,9 @@ class BaseAttention(BaseModule):
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
         self.grid_dims = grid_dims
-        self.local = None
+        self.local: LocalBranch | None = None
 
-    def project(self, x, grid):
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Project tokens to the inputs of :meth:`attend`.
 
         Args:
@@ -123,7 +127,7 @@ class BaseAttention(BaseModule):
         """
         raise NotImplementedError
 
-    def attend(self, *projected, grid):
+    def attend(self, *projected: Tensor, grid: tuple[int, int]) -> Tensor:
         """Compute the attention, without local branch and output projection.
 
         Args:
@@ -138,7 +142,7 @@ class BaseAttention(BaseModule):
         """
         raise NotImplementedError
 
-    def forward(self, x, grid):
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Compute the attention with local branch and output projection.
 
         Args:
@@ -158,7 +162,7 @@ class BaseAttention(BaseModule):
             out = out + self.local(merge_heads(projected[-1]), grid)
         return self.proj(out)
 
-    def map_grid(self, grid, num_tokens):
+    def map_grid(self, grid: Sequence[int], num_tokens: int) -> tuple[int, int]:
         """Check a grid, and convert it to the grid of a map.
 
         Args:
@@ -176,9 +180,9 @@ class BaseAttention(BaseModule):
             raise ValueError(f'grid={tuple(grid)}: expected {expected}, because grid_dims={self.grid_dims}')
         if math.prod(grid) != num_tokens:
             raise ValueError(f'grid={tuple(grid)}: expected {num_tokens} cells, one per token')
-        return tuple(grid) if self.grid_dims == 2 else (1, *grid)
+        return (grid[0], grid[1]) if self.grid_dims == 2 else (1, grid[0])
 
-    def rows(self, x, grid, points):
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
         """Compute rows of the attention matrix, without the local branch.
 
         The output is linear in the values, so a row is the gradient of the output with respect to the values. Nothing
@@ -209,17 +213,15 @@ class QueryValueProjection(nn.Linear):
         head_dims (int): Channels ``d`` of a head.
     """
 
-    def __init__(self, embed_dims, head_dims):
+    def __init__(self, embed_dims: int, head_dims: int) -> None:
         super().__init__(embed_dims, 2 * embed_dims)
         self.query_scale = head_dims**-0.25
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Project tokens ``(B, n, C)`` to scaled queries and values, ``(B, n, C)`` each."""
-        scaled = []
-        for parameter in (self.weight, self.bias):
-            q_rows, v_rows = parameter.chunk(2)
-            scaled.append(torch.cat([q_rows * self.query_scale, v_rows]))
-        return F.linear(x, *scaled).chunk(2, dim=-1)
+        halves = [parameter.chunk(2) for parameter in (self.weight, self.bias)]
+        scaled = [torch.cat([q_rows * self.query_scale, v_rows]) for q_rows, v_rows in halves]
+        return nn.functional.linear(x, *scaled).chunk(2, dim=-1)
 
 
 class SharedQKAttention(BaseAttention):
@@ -229,16 +231,18 @@ class SharedQKAttention(BaseAttention):
         embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg: As in :class:`BaseAttention`.
     """
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
+    def __init__(
+        self, embed_dims: int, num_heads: int, ratio: int, conv_size: int, grid_dims: int, init_cfg: InitCfg
+    ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         self.qv = QueryValueProjection(embed_dims, self.head_dims)
 
-    def project(self, x, grid):
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Project tokens ``(B, n, C)`` to scaled queries and values, each ``(B, h, n, d)``."""
         return tuple(split_heads(part, self.num_heads) for part in self.qv(x))
 
 
-def value_gradients(attend, v, points):
+def value_gradients(attend: Callable[[Tensor], Tensor], v: Tensor, points: Sequence[int]) -> Tensor:
     """Compute rows of an attention matrix by differentiating the output with respect to the values.
 
     Args:
@@ -257,11 +261,11 @@ def value_gradients(attend, v, points):
     return torch.stack(rows)[:, 0, ..., 0].detach()
 
 
-def _takes_shape(kind):
+def _takes_shape(kind: Any) -> bool:
     return inspect.isclass(kind) and set(_SHAPE) <= set(inspect.signature(kind).parameters)
 
 
-def _needs_only_shape(kind):
+def _needs_only_shape(kind: Any) -> bool:
     try:
         inspect.signature(kind).bind(**dict.fromkeys(_SHAPE))
     except TypeError:
@@ -269,12 +273,14 @@ def _needs_only_shape(kind):
     return True
 
 
-def _registered_attentions():
+def _registered_attentions() -> list[str]:
     registered = {**(MODELS.parent.module_dict if MODELS.parent else {}), **MODELS.module_dict}
     return sorted(name for name, kind in registered.items() if _takes_shape(kind) and _needs_only_shape(kind))
 
 
-def build_attention(cfg, embed_dims, num_heads, ratio, conv_size, grid=None):
+def build_attention(
+    cfg: dict[str, Any], embed_dims: int, num_heads: int, ratio: int, conv_size: int, grid: Sequence[int] | None = None
+) -> nn.Module:
     """Build the attention of one stage from its config.
 
     Args:

@@ -3,18 +3,20 @@
 Every type takes ``embed_dims``, ``num_heads``, ``ratio`` and ``conv_size``. Unused arguments are ignored.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer, is_integer
 from soft_mm.registry import MODELS
 
-from .base import BaseAttention, LocalBranch, SharedQKAttention, patch_sides, split_heads, value_gradients
+from .base import BaseAttention, InitCfg, LocalBranch, SharedQKAttention, patch_sides, split_heads, value_gradients
 
 # Returns -1 outside a backward pass. PyTorch before 2.1 does not have it.
-_backward_pass = getattr(torch._C, '_current_graph_task_id', lambda: -1)
+_backward_pass: Callable[[], int] = getattr(torch._C, '_current_graph_task_id', lambda: -1)
 # Number of patches along a side in stages 1 to 3 at 224x224 pixels.
 _PATCHES = 7
 
@@ -22,12 +24,14 @@ _PATCHES = 7
 class _QKVAttention(BaseAttention):
     """Base class of attentions with separate queries, keys and values."""
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg):
+    def __init__(
+        self, embed_dims: int, num_heads: int, ratio: int, conv_size: int, grid_dims: int = 2, init_cfg: InitCfg = None
+    ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def project(self, x, grid):
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Project tokens ``(B, n, C)`` to queries, keys and values, each ``(B, h, n, d)``."""
         return tuple(split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
 
@@ -45,10 +49,7 @@ class SoftmaxAttention(_QKVAttention):
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
     """
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims=2, init_cfg=None):
-        super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
-
-    def attend(self, q, k, v, grid):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -75,12 +76,21 @@ class LinformerAttention(_QKVAttention):
         ValueError: If an option is out of its range.
     """
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, proj_tokens=49, grid=None, grid_dims=2, init_cfg=None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        proj_tokens: int = 49,
+        grid: Sequence[int] | None = None,
+        grid_dims: int = 2,
+        init_cfg: InitCfg = None,
+    ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         check_integer('proj_tokens', proj_tokens)
         grid = (_PATCHES * ratio,) * grid_dims if grid is None else grid
-        valid = isinstance(grid, (list, tuple)) and len(grid) == grid_dims and all(map(is_integer, grid))
-        if not valid:
+        if not (isinstance(grid, (list, tuple)) and len(grid) == grid_dims and all(map(is_integer, grid))):
             raise ValueError(f'grid={grid!r}: expected {grid_dims} integers >= 1, because grid_dims={grid_dims}')
         rows, columns = grid if grid_dims == 2 else (1, *grid)
         for name in ('key_weight', 'value_weight'):
@@ -88,7 +98,7 @@ class LinformerAttention(_QKVAttention):
             nn.init.normal_(weight, std=(rows * columns) ** -0.5)
             self.register_parameter(name, weight)
 
-    def attend(self, q, k, v, grid):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         weights = (ops.resize_sequence_projection(weight, grid) for weight in (self.key_weight, self.value_weight))
         return ops.linformer_attention(q, k, v, *weights)
 
@@ -113,18 +123,20 @@ class PerformerAttention(_QKVAttention):
         ValueError: If an option is out of its range.
     """
 
+    features: Tensor
+
     def __init__(
         self,
-        embed_dims,
-        num_heads,
-        ratio,
-        conv_size,
-        num_features=49,
-        seed=0,
-        redraw_interval=None,
-        grid_dims=2,
-        init_cfg=None,
-    ):
+        embed_dims: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        num_features: int = 49,
+        seed: int = 0,
+        redraw_interval: int | None = None,
+        grid_dims: int = 2,
+        init_cfg: InitCfg = None,
+    ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         check_integer('num_features', num_features)
         if redraw_interval is not None:
@@ -133,10 +145,9 @@ class PerformerAttention(_QKVAttention):
         self.redraw_interval = redraw_interval
         self.forwards = 0
         generator = torch.Generator().manual_seed(seed)
-        features = ops.orthogonal_features(num_features, embed_dims // num_heads, generator, 'cpu')
-        self.register_buffer('features', features)
+        self.register_buffer('features', ops.orthogonal_features(num_features, self.head_dims, generator, 'cpu'))
 
-    def attend(self, q, k, v, grid):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         # Gradient checkpointing repeats the forward pass in the backward pass, with the same features.
         if self.training and self.redraw_interval and _backward_pass() == -1:
             if self.forwards == self.redraw_interval:
@@ -144,10 +155,10 @@ class PerformerAttention(_QKVAttention):
             self.forwards += 1
         return ops.performer_attention(q, k, v, self.features)
 
-    def redraw(self):
+    def redraw(self) -> None:
         """Redraw the features from PyTorch's global generator."""
         # A new tensor instead of an in-place change, because a backward pass may still need the old one.
-        drawn = ops.orthogonal_features(*self.features.shape, device=self.features.device)
+        drawn = ops.orthogonal_features(self.features.shape[0], self.features.shape[1], device=self.features.device)
         self.features = drawn.to(self.features.dtype)
         self.forwards = 0
 
@@ -172,8 +183,16 @@ class NystromAttention(_QKVAttention):
     """
 
     def __init__(
-        self, embed_dims, num_heads, ratio, conv_size, num_landmarks=49, iterations=6, grid_dims=2, init_cfg=None
-    ):
+        self,
+        embed_dims: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        num_landmarks: int = 49,
+        iterations: int = 6,
+        grid_dims: int = 2,
+        init_cfg: InitCfg = None,
+    ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         check_integer('num_landmarks', num_landmarks)
         check_integer('iterations', iterations)
@@ -181,10 +200,10 @@ class NystromAttention(_QKVAttention):
         self.iterations = iterations
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
 
-    def attend(self, q, k, v, grid):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         coarse = ops.pooled_grid(grid, self.num_landmarks)
-        landmarks = (ops.mean_landmarks(tokens, grid, coarse) for tokens in (q, k))
-        return ops.nystrom_attention(q, k, v, *landmarks, self.iterations)
+        query_landmarks, key_landmarks = (ops.mean_landmarks(tokens, grid, coarse) for tokens in (q, k))
+        return ops.nystrom_attention(q, k, v, query_landmarks, key_landmarks, self.iterations)
 
 
 @MODELS.register_module()
@@ -203,7 +222,9 @@ class SpatialReductionAttention(BaseAttention):
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
     """
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, grid_dims=2, init_cfg=None):
+    def __init__(
+        self, embed_dims: int, num_heads: int, ratio: int, conv_size: int, grid_dims: int = 2, init_cfg: InitCfg = None
+    ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         self.kernel = patch_sides(ratio, grid_dims)
         self.q = nn.Linear(embed_dims, embed_dims)
@@ -213,15 +234,15 @@ class SpatialReductionAttention(BaseAttention):
         self.kv = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def project(self, x, grid):
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Project tokens ``(B, n, C)`` to queries ``(B, h, n, d)``. Returns the queries and the tokens themselves."""
         return split_heads(self.q(x), self.num_heads), x
 
-    def attend(self, q, x, grid):
+    def attend(self, q: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
         k, v, _ = self.reduce(x, grid)
         return F.scaled_dot_product_attention(q, k, v)
 
-    def reduce(self, x, grid):
+    def reduce(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Compute keys and values on the coarser grid.
 
         Args:
@@ -237,11 +258,12 @@ class SpatialReductionAttention(BaseAttention):
             if size != grid:
                 maps = F.interpolate(maps, size=size, mode='nearest')
             maps = self.reduction(maps)
-            grid = tuple(maps.shape[-2:])
+            grid = (maps.shape[-2], maps.shape[-1])
             x = self.norm(maps.flatten(2).transpose(1, 2))
-        return *(split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1)), grid
+        k, v = (split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1))
+        return k, v, grid
 
-    def rows(self, x, grid, points):
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
         """Compute rows of the attention matrix, see :meth:`BaseAttention.rows`.
 
         The weight of a coarse token is shared equally by the tokens of its patch. Tokens outside all patches have the
@@ -280,14 +302,23 @@ class GaussianKernelAttention(SharedQKAttention):
         ValueError: If an option is out of its range. In the forward pass: if there are more than ``max_tokens`` tokens.
     """
 
-    def __init__(self, embed_dims, num_heads, ratio, conv_size, max_tokens=4096, grid_dims=2, init_cfg=None):
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        max_tokens: int = 4096,
+        grid_dims: int = 2,
+        init_cfg: InitCfg = None,
+    ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         check_integer('max_tokens', max_tokens)
         self.max_tokens = max_tokens
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def attend(self, q, v, grid):
+    def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         n = q.shape[2]
         if n > self.max_tokens:
             raise ValueError(
@@ -296,7 +327,7 @@ class GaussianKernelAttention(SharedQKAttention):
             )
         return ops.gaussian_attention(q, v)
 
-    def rows(self, x, grid, points):
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
         """Compute rows of the kernel directly from the queries, see :meth:`BaseAttention.rows`."""
         grid = self.map_grid(grid, x.shape[1])
         with torch.no_grad():

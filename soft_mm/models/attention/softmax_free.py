@@ -1,14 +1,14 @@
 """Softmax-free attention, the attention of stages 1 to 3."""
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.attention import check_solver
 from soft_mm.ops.checks import check_bool, check_choice, check_integer, is_integer
 from soft_mm.registry import MODELS
 
-from .base import LocalBranch, SharedQKAttention, patch_sides
+from .base import InitCfg, LocalBranch, SharedQKAttention, patch_sides
 
 SAMPLERS = ('conv', 'mean', 'random')
 
@@ -22,11 +22,11 @@ class LandmarkConv(nn.Conv2d):
         grid_dims (int): 2 for maps, 1 for sequences.
     """
 
-    def __init__(self, head_dims, ratio, grid_dims):
+    def __init__(self, head_dims: int, ratio: int, grid_dims: int) -> None:
         kernel = patch_sides(ratio, grid_dims)
         super().__init__(head_dims, head_dims, kernel, stride=kernel, bias=False)
 
-    def forward(self, q, grid):
+    def forward(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Convolve queries, see :func:`soft_mm.ops.project_patches`."""
         return ops.project_patches(q, grid, self.weight)
 
@@ -34,7 +34,7 @@ class LandmarkConv(nn.Conv2d):
 class LandmarkNorm(nn.LayerNorm):
     """LayerNorm followed by GELU for landmarks, in float32 or wider."""
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         """Normalise and activate tokens ``(B, h, m, d)``."""
         return ops.activate_landmarks(tokens, self.weight, self.bias, self.eps)
 
@@ -78,21 +78,21 @@ class SoftmaxFreeAttention(SharedQKAttention):
 
     def __init__(
         self,
-        embed_dims,
-        num_heads,
-        ratio,
-        conv_size,
-        normalized=False,
-        solver='newton',
-        newton_iterations=20,
-        newton_backward='one_step',
-        max_landmarks=None,
-        ridge=0.01,
-        sampler='conv',
-        seed=0,
-        grid_dims=2,
-        init_cfg=None,
-    ):
+        embed_dims: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        normalized: bool = False,
+        solver: str = 'newton',
+        newton_iterations: int = 20,
+        newton_backward: str = 'one_step',
+        max_landmarks: int | None = None,
+        ridge: float = 0.01,
+        sampler: str = 'conv',
+        seed: int = 0,
+        grid_dims: int = 2,
+        init_cfg: InitCfg = None,
+    ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         check_bool('normalized', normalized)
         check_solver(
@@ -121,7 +121,7 @@ class SoftmaxFreeAttention(SharedQKAttention):
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def attend(self, q, v, grid):
+    def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """Compute ``P M (P^T v)``.
 
         Args:
@@ -135,7 +135,7 @@ class SoftmaxFreeAttention(SharedQKAttention):
         landmarks, pool_factor = self.landmarks(q, grid)
         return ops.blockwise_attention(q, landmarks, v, *self.middle(landmarks, pool_factor))
 
-    def landmarks(self, q, grid):
+    def landmarks(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float]:
         """Sample landmarks.
 
         Args:
@@ -158,7 +158,7 @@ class SoftmaxFreeAttention(SharedQKAttention):
         generator = None if self.training else torch.Generator().manual_seed(self.seed)
         return ops.random_landmarks(wide, count, generator), unbounded / count
 
-    def middle(self, landmarks, pool_factor):
+    def middle(self, landmarks: Tensor, pool_factor: float) -> tuple[Tensor, bool]:
         """Compute the matrix ``M`` or its inverse, see :func:`soft_mm.ops.middle_matrix`.
 
         Args:
@@ -168,17 +168,10 @@ class SoftmaxFreeAttention(SharedQKAttention):
         Returns:
             tuple[Tensor, bool]: Matrix ``(B, h, m, m)``, and whether it is the inverse of ``M``.
         """
-        return ops.middle_matrix(
-            landmarks,
-            normalized=self.normalized,
-            solver=self.solver,
-            newton_iterations=self.newton_iterations,
-            newton_backward=self.newton_backward,
-            ridge=self.ridge,
-            # Pooling k landmarks to one divides the row sums of A by k.
-            degree_scale=pool_factor,
-        )
+        options = (self.solver, self.newton_iterations, self.newton_backward, self.ridge)
+        # Pooling k landmarks to one divides the row sums of A by k.
+        return ops.middle_matrix(landmarks, self.normalized, *options, degree_scale=pool_factor)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = ('num_heads', 'normalized', 'solver', 'newton_iterations', 'newton_backward', 'max_landmarks', 'ridge')
         return ', '.join(f'{name}={getattr(self, name)!r}' for name in (*names, 'sampler', 'seed', 'grid_dims'))
