@@ -98,6 +98,7 @@ setup(
     'object detection, semantic segmentation',
     python_requires='>=3.10',
     packages=find_packages(include=['soft_mm', 'soft_mm.*']),
+    package_data={'soft_mm': ['py.typed']},
     cmdclass=dict(build_py=BuildWithConfigs),
     install_requires=['torch>=2.0'],
     extras_require={

@@ -11,5 +11,13 @@ from .attention import (
 )
 from .soft import SOFT
 
-__all__ = ['SOFT', 'GaussianKernelAttention', 'LinformerAttention', 'NystromAttention', 'PerformerAttention']
-__all__ += ['SoftmaxAttention', 'SoftmaxFreeAttention', 'SpatialReductionAttention']
+__all__ = [
+    'GaussianKernelAttention',
+    'LinformerAttention',
+    'NystromAttention',
+    'PerformerAttention',
+    'SOFT',
+    'SoftmaxAttention',
+    'SoftmaxFreeAttention',
+    'SpatialReductionAttention',
+]

@@ -238,8 +238,15 @@ class SOFT(BaseModule):
         for i in range(num_stages):
             grid = tuple(-(-side // 2 ** (i + 2)) for side in self.img_size)
             if i < len(attentions):
-                options = (dims[i], heads[i], self.arch['ratios'][i], self.arch['conv_sizes'][i], attentions[i])
-                blocks = [SoftmaxFreeBlock(*options, next(drop_paths), grid) for _ in range(depths[i])]
+                local = dict(
+                    ratio=self.arch['ratios'][i],
+                    conv_size=self.arch['conv_sizes'][i],
+                    attention=attentions[i],
+                    grid=grid,
+                )
+                blocks = [
+                    SoftmaxFreeBlock(dims[i], heads[i], drop_path=next(drop_paths), **local) for _ in range(depths[i])
+                ]
             else:
                 blocks = [SoftmaxBlock(dims[i], heads[i], drop_rate, next(drop_paths)) for _ in range(depths[i])]
             channels = in_channels if i == 0 else dims[i - 1]

@@ -26,16 +26,30 @@ from .landmarks import (
     random_landmarks,
 )
 
-__all__ = ['local_branch', 'middle_matrix', 'normalized_softmax_free_attention', 'softmax_free_attention']
-__all__ += ['gaussian_attention', 'iterative_pinv', 'linformer_attention', 'nystrom_attention', 'orthogonal_features']
-__all__ += ['performer_attention', 'resize_sequence_projection', 'blockwise_attention', 'gaussian_kernel']
-__all__ += ['newton_inverse', 'newton_inverse_per_image', 'pseudo_inverse', 'ridge_matrix', 'safe_ridge']
-__all__ += [
+__all__ = [
     'activate_landmarks',
+    'blockwise_attention',
     'conv_landmarks',
+    'gaussian_attention',
+    'gaussian_kernel',
+    'iterative_pinv',
+    'linformer_attention',
+    'local_branch',
     'mean_landmarks',
+    'middle_matrix',
+    'newton_inverse',
+    'newton_inverse_per_image',
+    'normalized_softmax_free_attention',
+    'nystrom_attention',
+    'orthogonal_features',
+    'performer_attention',
     'pool_landmarks',
     'pooled_grid',
     'project_patches',
+    'pseudo_inverse',
+    'random_landmarks',
+    'resize_sequence_projection',
+    'ridge_matrix',
+    'safe_ridge',
+    'softmax_free_attention',
 ]
-__all__ += ['random_landmarks']

@@ -11,5 +11,14 @@ from .baselines import (
 )
 from .softmax_free import SoftmaxFreeAttention
 
-__all__ = ['BaseAttention', 'GaussianKernelAttention', 'LinformerAttention', 'NystromAttention', 'PerformerAttention']
-__all__ += ['SoftmaxAttention', 'SoftmaxFreeAttention', 'SpatialReductionAttention', 'build_attention']
+__all__ = [
+    'BaseAttention',
+    'GaussianKernelAttention',
+    'LinformerAttention',
+    'NystromAttention',
+    'PerformerAttention',
+    'SoftmaxAttention',
+    'SoftmaxFreeAttention',
+    'SpatialReductionAttention',
+    'build_attention',
+]

@@ -168,9 +168,16 @@ class SoftmaxFreeAttention(SharedQKAttention):
         Returns:
             tuple[Tensor, bool]: Matrix ``(B, h, m, m)``, and whether it is the inverse of ``M``.
         """
-        options = (self.solver, self.newton_iterations, self.newton_backward, self.ridge)
-        # Pooling k landmarks to one divides the row sums of A by k.
-        return ops.middle_matrix(landmarks, self.normalized, *options, degree_scale=pool_factor)
+        return ops.middle_matrix(
+            landmarks,
+            normalized=self.normalized,
+            solver=self.solver,
+            newton_iterations=self.newton_iterations,
+            newton_backward=self.newton_backward,
+            ridge=self.ridge,
+            # Pooling k landmarks to one divides the row sums of A by k.
+            degree_scale=pool_factor,
+        )
 
     def extra_repr(self) -> str:
         names = ('num_heads', 'normalized', 'solver', 'newton_iterations', 'newton_backward', 'max_landmarks', 'ridge')
