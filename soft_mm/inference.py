@@ -169,7 +169,7 @@ def predict(
     checkpoint: str | Path,
     out_dir: str | Path,
     device: str | None = None,
-    score_thr: float = 0.3,
+    score_thr: float | None = None,
 ) -> Path:
     """Draw predictions for images: class scores, boxes and masks, or a segmentation.
 
@@ -179,21 +179,25 @@ def predict(
         checkpoint (str | Path): File of its checkpoint, or http or https address.
         out_dir (str | Path): Output folder. One picture per image is written to its subfolder ``vis``.
         device (str | None): ``'cpu'``, ``'cuda'`` or ``'cuda:i'``. Defaults to None: a GPU if there is one.
-        score_thr (float): Smallest score of a box that is drawn. Defaults to 0.3.
+        score_thr (float | None): Smallest score of a box that is drawn, for detectors only. Defaults to None: 0.3.
 
     Returns:
         Path: Folder of the pictures.
 
     Raises:
         FileNotFoundError: If the config or the checkpoint does not exist.
-        ValueError: If the config belongs to no toolbox, the checkpoint does not fit or cannot be read, or two pictures
-            would have the same name.
+        ValueError: If the config belongs to no toolbox, ``score_thr`` is outside [0, 1] or given for a model that is no
+            detector, the checkpoint does not fit or cannot be read, or two pictures would have the same name.
     """
+    if score_thr is not None and not 0 <= score_thr <= 1:
+        raise ValueError(f'score_thr={score_thr}: expected a number from 0 to 1')
     cfg, pictures = read_config(config), Path(out_dir, 'vis')
-    file, weights = read_whole_model(checkpoint)
     scope = cfg.get('default_scope')
     if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
         raise ValueError(f"{config}: default_scope={scope!r}: expected 'mmpretrain', 'mmdet' or 'mmseg'")
+    if score_thr is not None and scope != 'mmdet':
+        raise ValueError(f'score_thr={score_thr} has no effect, because {config} is not a detector: leave it out')
+    file, weights = read_whole_model(checkpoint)
     # Another toolbox may have been the default scope of this process.
     init_default_scope(scope)
     # The checkpoint sets every weight, so pretrained weights are not needed.
@@ -210,7 +214,7 @@ def predict(
         from mmdet.apis import DetInferencer
 
         inferencer = DetInferencer(cfg, weights=file, device=device)
-        options = dict(out_dir=str(out_dir), pred_score_thr=score_thr)
+        options = dict(out_dir=str(out_dir), pred_score_thr=0.3 if score_thr is None else score_thr)
     else:
         from mmseg.apis import MMSegInferencer
 

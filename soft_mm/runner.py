@@ -41,7 +41,7 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
 
 
 def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
-    """Read the config of the command line and apply the overrides. Exit with a message if the file does not exist.
+    """Read the config of the command line and apply the overrides. Exit with a message if it is no config file.
 
     Args:
         parser (argparse.ArgumentParser): Parser of :func:`runner_parser`.
@@ -53,7 +53,10 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
     if not Path(args.config).is_file():
         parser.error(f'{args.config} does not exist: expected a config file, such as those in configs/')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = read_config(args.config)
+    try:
+        cfg = read_config(args.config)
+    except ValueError as error:
+        parser.error(str(error))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if args.cfg_options:

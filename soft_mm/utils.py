@@ -29,11 +29,14 @@ def read_config(path: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a config file.
     """
     with _CONFIG_LOCK:
         if os.getcwd() not in sys.path:
             # Appended, so that the folder cannot shadow installed packages.
             sys.path.append(os.getcwd())
+        if os.path.isfile(path) and Path(path).suffix not in ('.py', '.json', '.yaml', '.yml'):
+            raise ValueError(f'{path} is not a config file: expected a name that ends in .py, .json or .yaml')
         return Config.fromfile(path)
 
 

@@ -77,7 +77,8 @@ def test_predict_draws(workspace, checkpoints, tmp_path, task, folder):
     (images / 'notes.txt').write_text('no image')
     source = images if folder else images / 'a.png'
     arguments = (source, config_of(workspace, task), checkpoints[task], '--out-dir', tmp_path / 'out')
-    done = tool('predict.py', *arguments, '--score-thr', 0.0, '--device', 'cpu', cwd=workspace)
+    threshold = ('--score-thr', 0.0) if task == 'mask-rcnn' else ()
+    done = tool('predict.py', *arguments, *threshold, '--device', 'cpu', cwd=workspace)
     assert done.returncode == 0, done.stderr[-3000:]
     pictures = sorted((tmp_path / 'out' / 'vis').iterdir())
     assert len(pictures) == (2 if folder else 1)
@@ -95,7 +96,10 @@ def test_predict_draws(workspace, checkpoints, tmp_path, task, folder):
         (dict(image='empty'), 'empty contains no images'),
         (dict(config='none.py'), 'none.py'),
         (dict(checkpoint='none.pth'), 'none.pth does not exist'),
+        (dict(config='broken.png'), 'broken.png is not a config file'),
         (dict(device='cuda:7'), "device 'cuda:7'"),
+        (dict(score='2'), 'score_thr=2.0: expected a number from 0 to 1'),
+        (dict(score='0.5'), 'score_thr=0.5 has no effect'),
         (dict(checkpoint='other.pth'), 'does not fit the model of this config'),
         (dict(checkpoint='code.pth'), 'code.pth is refused'),
         (dict(checkpoint='some.safetensors'), 'the toolboxes cannot read safetensors files'),
@@ -113,7 +117,8 @@ def test_predict_refuses(workspace, checkpoints, tmp_path, monkeypatch, change, 
     for name in ('a.png', 'a.jpg'):
         mmcv.imwrite(np.zeros((64, 64, 3), np.uint8), str(tmp_path / 'twins' / name))
     given = dict(image='a.png', config=CLASSIFIER, checkpoint=checkpoints['classification'], device='cpu') | change
-    arguments = (given['image'], given['config'], given['checkpoint'], '--device', given['device'])
+    arguments = [given['image'], given['config'], given['checkpoint'], '--device', given['device']]
+    arguments += ['--score-thr', given['score']] if 'score' in given else []
     monkeypatch.chdir(tmp_path)
     code, said = tool_here('predict.py', *arguments)
     assert code == 2 and message in said
@@ -124,6 +129,8 @@ def test_predict_refuses(workspace, checkpoints, tmp_path, monkeypatch, change, 
     ('name', 'arguments', 'message'),
     [
         ('train.py', ['none.py'], 'none.py does not exist: expected a config file'),
+        ('train.py', [ROOT / 'LICENSE'], 'LICENSE is not a config file'),
+        ('get_complexity.py', [ROOT / 'LICENSE'], 'LICENSE is not a config file'),
         ('train.py', [CLASSIFIER, '--resume', 'none.pth'], 'none.pth does not exist'),
         ('train.py', [CLASSIFIER, '--auto-scale-lr'], 'set auto_scale_lr = dict'),
         ('test.py', [CLASSIFIER, 'none.pth'], 'none.pth does not exist'),

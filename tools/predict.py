@@ -18,7 +18,7 @@ def main():
     )
     parser.add_argument('--device', help='cpu, cuda or cuda:i (default: a GPU if there is one)')
     parser.add_argument(
-        '--score-thr', type=float, default=0.3, help='smallest score of a box to draw (default: %(default)s)'
+        '--score-thr', type=float, help='smallest score of a box to draw, for detectors only (default: 0.3)'
     )
     args = parser.parse_args()
     try:

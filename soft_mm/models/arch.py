@@ -89,9 +89,9 @@ def parse_attention(attention: dict[str, Any] | Sequence[dict[str, Any]] | None)
     if not isinstance(cfgs, (list, tuple)):
         cfgs = [cfgs] * (NUM_STAGES - 1)
     if len(cfgs) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in cfgs):
-        raise ValueError(f'attention={cfgs!r}: expected None, a dict, or a list of three dicts for stages 1 to 3')
+        raise ValueError(f'attention={attention!r}: expected None, a dict, or a list of three dicts for stages 1 to 3')
     if any(cfg.get('grid_dims', 2) != 2 for cfg in cfgs):
-        raise ValueError(f'attention={cfgs!r}: expected grid_dims=2, because images have two sides; leave it out')
+        raise ValueError(f'attention={attention!r}: expected grid_dims=2, because images have two sides; leave it out')
     return cfgs
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def without_autocast(function: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function to run with autocast disabled. The function casts its inputs itself.
 
     Args:
@@ -38,9 +38,10 @@ def without_autocast(function: Callable[Concatenate[Tensor, P], T]) -> Callable[
     """
 
     @functools.wraps(function)
-    def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensor: Any = args[0] if args else next(iter(kwargs.values()))
         with torch.autocast(tensor.device.type, enabled=False):
-            return function(tensor, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return run
 

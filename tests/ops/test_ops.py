@@ -75,6 +75,11 @@ def test_kernel_and_attention_leave_half_precision(half):
     torch.testing.assert_close(out, wide.to(half))
 
 
+def test_arguments_have_their_documented_names():
+    a, b = torch.randn(2, 1, 2, 5, 3)
+    assert torch.equal(ops.gaussian_kernel(b=b, a=a), ops.gaussian_kernel(a, b))
+
+
 @pytest.mark.parametrize('solver', ['newton', 'cholesky'])
 def test_backward_of_attention_does_not_see_autocast(solver):
     q, v, *conv = make_inputs((6, 7), 2, torch.float32)
