@@ -1,4 +1,4 @@
-# Backbone of all detectors and segmentors. docs/long_tokens.md gives the reasons for max_landmarks and the solver.
+# Backbone of all detectors and segmentors. docs/long_inputs.md gives the reasons for max_landmarks and the solver.
 soft_backbone = dict(
     type='soft_mm.SOFT',
     arch='tiny',

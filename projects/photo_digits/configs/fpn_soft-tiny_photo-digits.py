@@ -14,7 +14,7 @@ channels = 128
 model = dict(
     backbone=dict(
         img_size=64,
-        # The bound keeps the cost linear in the number of tokens without loss of accuracy (docs/long_tokens.md).
+        # The bound keeps the cost linear in the number of tokens without loss of accuracy (docs/long_inputs.md).
         attention=dict(solver='cholesky', max_landmarks=49),
         init_cfg=dict(type='Pretrained', checkpoint=pretrained, prefix='backbone.'),
     ),
