@@ -5,8 +5,8 @@ import re
 import griffe
 
 ROLE = re.compile(r':(?:attr|class|data|func|meth|mod):`(~?)([\w.]+)`')
-# `::` announces a literal block, for which Markdown needs only the indentation. griffe expects `Examples:`.
-OTHERS = ((re.compile(r'^::\n', re.MULTILINE), ''), (re.compile(r'^Example:$', re.MULTILINE), 'Examples:'))
+# `::` announces a literal block, for which Markdown needs only the indentation.
+BLOCK = re.compile(r'^::\n', re.MULTILINE)
 
 
 class DocstringRoles(griffe.Extension):
@@ -28,9 +28,7 @@ def objects(obj):
 
 def translate(obj, text):
     """Translate the docstring of an object."""
-    for pattern, replacement in OTHERS:
-        text = pattern.sub(replacement, text)
-    return ROLE.sub(lambda match: link(obj, *match.groups()), text)
+    return ROLE.sub(lambda match: link(obj, *match.groups()), BLOCK.sub('', text))
 
 
 def link(obj, short, name):

@@ -40,7 +40,7 @@ def config_path(name: str) -> str:
     Raises:
         FileNotFoundError: If the config does not exist. The message lists the closest names.
 
-    Example:
+    Examples:
         >>> import soft_mm
         >>> path = soft_mm.config_path('coco/mask-rcnn_soft-tiny-norm_fpn_1x_coco.py')
     """

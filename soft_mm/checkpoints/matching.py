@@ -37,7 +37,10 @@ def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     if not isinstance(state_dict, dict):
         raise ValueError(f'{path}: state_dict is a {type(state_dict).__name__}: expected a dict of tensors')
     if non_tensors := non_tensor_keys(state_dict):
-        raise ValueError(f'{path}: expected a dict of tensors, but the entries {non_tensors[:4]} are not tensors')
+        raise ValueError(
+            f'{path}: expected a dict of tensors, but the entries {non_tensors[:4]} are not tensors. To convert a '
+            f'checkpoint of the authors, run `python tools/convert_checkpoint.py {path} converted.pth`'
+        )
     return state_dict
 
 

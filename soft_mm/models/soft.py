@@ -186,7 +186,7 @@ class SOFT(BaseModule):
         ValueError: If an argument is out of its range.
         TypeError: If a keyword is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from soft_mm import SOFT
         >>> maps = SOFT('tiny').eval()(torch.rand(1, 3, 200, 232))

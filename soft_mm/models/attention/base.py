@@ -227,8 +227,7 @@ class QueryValueProjection(nn.Linear):
 class SharedQKAttention(BaseAttention):
     """Base class of attentions whose queries are also their keys, so their kernel is symmetric (SOFT, section 3.1).
 
-    Args:
-        embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg: As in :class:`BaseAttention`.
+    The arguments are those of :class:`BaseAttention`.
     """
 
     def __init__(
