@@ -28,7 +28,7 @@ define set_up
 	&& echo 'setting up $(1): the first time on a machine takes 10 to 15 minutes, most of them to compile mmcv'; }
 @$(1)/bin/python -c '' 2>/dev/null || '$(PYTHON)' -m venv --clear $(1)
 @test -x $(1)/bin/uv || $(1)/bin/python -m pip install -q uv==$(UV_VERSION)
-@$(if $(FORCE_CUDA),,CUDA_VISIBLE_DEVICES=) $(1)/bin/uv pip sync -q --python $(1) --python-downloads never $(2) \
+@$(if $(FORCE_CUDA),,CUDA_VISIBLE_DEVICES=) $(1)/bin/uv pip sync --no-python-downloads --python $(1) $(2) \
 	$(if $(FORCE_CUDA),$(call with_cuda,$(3)))
 endef
 
