@@ -246,7 +246,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert 'nothing to do' in run('--size', '64', '--num-digits', '1', '2')
     with pytest.raises(SystemExit) as exit_info:
         run('--size', '8')
-    assert exit_info.value.code == 2 and 'size=8: ' in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "--size: '8': expected an integer >= 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['make_dataset', 'demo'])
