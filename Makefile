@@ -20,20 +20,24 @@ python:
 UV_VERSION := $(shell sed -n 's/^uv==//p' requirements/test.in)
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 export MAX_JOBS
-with_cuda = --reinstall-package $(1) --config-settings-package $(1):FORCE_CUDA=1
+# $(call with_cuda,distribution of mmcv)
+with_cuda = $(if $(FORCE_CUDA),--reinstall-package $(1) --config-settings-package $(1):FORCE_CUDA=1)
 
-# $(call set_up,folder of the environment,requirements file,distribution of mmcv)
-define set_up
+# $(call make_venv,folder of the environment)
+define make_venv
 @ls $(1)/lib/python*/site-packages/mmcv >/dev/null 2>&1 || { '$(PYTHON)' .dev_scripts/preflight.py \
 	&& echo 'setting up $(1): the first time on a machine takes 10 to 15 minutes, most of them to compile mmcv'; }
 @$(1)/bin/python -c '' 2>/dev/null || '$(PYTHON)' -m venv --clear $(1)
 @test -x $(1)/bin/uv || $(1)/bin/python -m pip install -q uv==$(UV_VERSION)
-@$(if $(FORCE_CUDA),,CUDA_VISIBLE_DEVICES=) $(1)/bin/uv pip sync --no-python-downloads --python $(1) $(2) \
-	$(if $(FORCE_CUDA),$(call with_cuda,$(3)))
 endef
 
+# mmcv's build requires the CUDA compiler if it sees a GPU.
+hide_gpu = $(if $(FORCE_CUDA),,CUDA_VISIBLE_DEVICES=)
+
 env: python ## make .venv/ (takes 10 to 15 minutes the first time on a machine)
-	$(call set_up,.venv,requirements/maintained.txt,onedl-mmcv)
+	$(call make_venv,.venv)
+	@$(hide_gpu) .venv/bin/uv pip sync --no-python-downloads --python .venv $(call with_cuda,onedl-mmcv) \
+		requirements/maintained.txt
 
 requirements: env ## resolve requirements/*.in again, keeping the pinned versions where they fit
 	for stack in maintained openmmlab; do UV_CUSTOM_COMPILE_COMMAND='make requirements' .venv/bin/uv pip compile -q \
@@ -65,8 +69,17 @@ test: env ## run the tests
 test-long: env ## run the tests that take minutes each
 	.venv/bin/python -m pytest -m long
 
+# uv gives no extra build dependencies to a package as old as mmcv 2.1. It is therefore compiled with the packages of the
+# environment, and the version of torch is a part of the wheel's key in the cache.
+TORCH_OF_OPENMMLAB := $(shell sed -n 's/^torch==//p' requirements/openmmlab.in)
+
 test-openmmlab: python ## run the tests with OpenMMLab's own packages, in .venv-openmmlab/
-	$(call set_up,.venv-openmmlab,requirements/openmmlab.txt,mmcv)
+	$(call make_venv,.venv-openmmlab)
+	@.venv-openmmlab/bin/uv pip install -q --no-python-downloads --python .venv-openmmlab -c requirements/openmmlab.txt \
+		torch setuptools wheel ninja
+	@$(hide_gpu) MMCV_WITH_OPS=1 PATH="$(CURDIR)/.venv-openmmlab/bin:$$PATH" .venv-openmmlab/bin/uv pip sync \
+		--no-python-downloads --python .venv-openmmlab --no-build-isolation-package mmcv $(call with_cuda,mmcv) \
+		--config-settings-package mmcv:torch=$(TORCH_OF_OPENMMLAB) requirements/openmmlab.txt
 	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python $(PYTEST)
 
 lint: env ## run ruff, mypy and the check of the workflow
