@@ -69,15 +69,14 @@ test: env ## run the tests
 test-long: env ## run the tests that take minutes each
 	.venv/bin/python -m pytest -m long
 
-# uv gives no extra build dependencies to a package as old as mmcv 2.1. It is therefore compiled with the packages of the
-# environment, and the version of torch is a part of the wheel's key in the cache.
+# mmcv 2.1 is compiled with these packages of the environment. The version of torch is a part of the wheel's key in the cache.
 BUILD_OF_OPENMMLAB := $(shell grep -E '^(torch|setuptools|ninja)==' requirements/openmmlab.in)
 
 test-openmmlab: python ## run the tests with OpenMMLab's own packages, in .venv-openmmlab/
 	$(call make_venv,.venv-openmmlab)
 	@.venv-openmmlab/bin/uv pip install -q --no-python-downloads --python .venv-openmmlab $(BUILD_OF_OPENMMLAB)
 	@$(hide_gpu) MMCV_WITH_OPS=1 PATH="$(CURDIR)/.venv-openmmlab/bin:$$PATH" .venv-openmmlab/bin/uv pip sync \
-		--no-python-downloads --python .venv-openmmlab --no-build-isolation-package mmcv $(call with_cuda,mmcv) \
+		--no-python-downloads --python .venv-openmmlab $(call with_cuda,mmcv) \
 		--config-settings-package mmcv:torch=$(filter torch==%,$(BUILD_OF_OPENMMLAB)) requirements/openmmlab.txt
 	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python $(PYTEST)
 
