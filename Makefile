@@ -23,19 +23,22 @@ export MAX_JOBS
 # $(call with_cuda,distribution of mmcv)
 with_cuda = $(if $(FORCE_CUDA),--reinstall-package $(1) --config-settings-package $(1):FORCE_CUDA=1)
 
-# $(call make_venv,folder of the environment)
+# uv keeps an installed mmcv when the pinned torch changes, so mmcv is uninstalled first.
+# $(call make_venv,folder of the environment,name of its requirements,distribution of mmcv)
 define make_venv
 @ls $(1)/lib/python*/site-packages/mmcv >/dev/null 2>&1 || { '$(PYTHON)' .dev_scripts/preflight.py \
 	&& echo 'setting up $(1): the first time on a machine takes 10 to 15 minutes, most of them to compile mmcv'; }
 @$(1)/bin/python -c '' 2>/dev/null || '$(PYTHON)' -m venv --clear $(1)
 @test -x $(1)/bin/uv || $(1)/bin/python -m pip install -q uv==$(UV_VERSION)
+@ls -d $(1)/lib/python*/site-packages/torch-$(shell sed -n 's/^torch==//p' requirements/$(2).in)*.dist-info \
+	>/dev/null 2>&1 || $(1)/bin/uv pip uninstall -q --python $(1) $(3)
 endef
 
 # mmcv's build requires the CUDA compiler if it sees a GPU.
 hide_gpu = $(if $(FORCE_CUDA),,CUDA_VISIBLE_DEVICES=)
 
 env: python ## make .venv/ (takes 10 to 15 minutes the first time on a machine)
-	$(call make_venv,.venv)
+	$(call make_venv,.venv,maintained,onedl-mmcv)
 	@$(hide_gpu) .venv/bin/uv pip sync --no-python-downloads --python .venv $(call with_cuda,onedl-mmcv) \
 		requirements/maintained.txt
 
@@ -73,7 +76,7 @@ test-long: env ## run the tests that take minutes each
 BUILD_OF_OPENMMLAB := $(shell grep -E '^(torch|setuptools|ninja)==' requirements/openmmlab.in)
 
 test-openmmlab: python ## run the tests with OpenMMLab's own packages, in .venv-openmmlab/
-	$(call make_venv,.venv-openmmlab)
+	$(call make_venv,.venv-openmmlab,openmmlab,mmcv)
 	@.venv-openmmlab/bin/uv pip install -q --no-python-downloads --python .venv-openmmlab $(BUILD_OF_OPENMMLAB)
 	@$(hide_gpu) MMCV_WITH_OPS=1 PATH="$(CURDIR)/.venv-openmmlab/bin:$$PATH" .venv-openmmlab/bin/uv pip sync \
 		--no-python-downloads --python .venv-openmmlab $(call with_cuda,mmcv) \
