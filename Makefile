@@ -21,21 +21,21 @@ UV_VERSION := $(shell sed -n 's/^uv==//p' requirements/test.in)
 MAX_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 export MAX_JOBS
 # $(call with_cuda,distribution of mmcv)
-with_cuda = $(if $(FORCE_CUDA),--reinstall-package $(1) --config-settings-package $(1):FORCE_CUDA=1)
+with_cuda = $(if $(filter 1,$(FORCE_CUDA)),--reinstall-package $(1) --config-settings-package $(1):FORCE_CUDA=1)
 
 # uv keeps an installed mmcv when the pinned torch changes, so mmcv is uninstalled first.
 # $(call make_venv,folder of the environment,name of its requirements,distribution of mmcv)
 define make_venv
 @ls $(1)/lib/python*/site-packages/mmcv >/dev/null 2>&1 || { '$(PYTHON)' .dev_scripts/preflight.py \
 	&& echo 'setting up $(1): the first time on a machine takes 10 to 15 minutes, most of them to compile mmcv'; }
-@$(1)/bin/python -c '' 2>/dev/null || '$(PYTHON)' -m venv --clear $(1)
+@$(1)/bin/python -c 'import pip' 2>/dev/null || '$(PYTHON)' -m venv --clear $(1)
 @test -x $(1)/bin/uv || $(1)/bin/python -m pip install -q uv==$(UV_VERSION)
 @ls -d $(1)/lib/python*/site-packages/torch-$(shell sed -n 's/^torch==//p' requirements/$(2).in)*.dist-info \
 	>/dev/null 2>&1 || $(1)/bin/uv pip uninstall -q --python $(1) $(3)
 endef
 
 # mmcv's build requires the CUDA compiler if it sees a GPU.
-hide_gpu = $(if $(FORCE_CUDA),,CUDA_VISIBLE_DEVICES=)
+hide_gpu = $(if $(filter 1,$(FORCE_CUDA)),,CUDA_VISIBLE_DEVICES=)
 
 env: python ## make .venv/ (takes 10 to 15 minutes the first time on a machine)
 	$(call make_venv,.venv,maintained,onedl-mmcv)
@@ -83,14 +83,15 @@ test-openmmlab: python ## run the tests with OpenMMLab's own packages, in .venv-
 		--config-settings-package mmcv:torch=$(filter torch==%,$(BUILD_OF_OPENMMLAB)) requirements/openmmlab.txt
 	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python $(PYTEST)
 
-lint: env ## run ruff, mypy and the check of the workflow
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
-	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+lint: env ## run ruff, mypy and the checks of the workflow and the form
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+	.venv/bin/python -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	.venv/bin/python -m check_jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug_report.yml
 
 docs: env ## build the documentation site in site/
-	.venv/bin/mkdocs build --strict
+	.venv/bin/python -m mkdocs build --strict
 
 clean-env: ## remove .venv/ and .venv-openmmlab/; the packages stay in uv's cache
 	rm -rf .venv .venv-openmmlab

@@ -19,7 +19,7 @@ BEGIN, END = '<!-- model zoo: written by .dev_scripts/model_zoo.py -->', '<!-- e
 HEADINGS = dict(
     en='| arch | parameters | multiply-adds, 224x224 | ImageNet top-1, plain / norm | RetinaNet box AP '
     '| Mask R-CNN box / mask AP | UperNet mIoU |',
-    zh='| 结构 | 参数量 | 乘加数(224x224) | ImageNet top-1(普通 / 归一化) | RetinaNet 检测框 AP '
+    zh='| 结构 | 参数量 | 乘加数（224x224） | ImageNet top-1（普通 / 归一化） | RetinaNet 检测框 AP '
     '| Mask R-CNN 检测框 / 掩码 AP | UperNet mIoU |',
 )
 

@@ -36,7 +36,7 @@ def check_headers():
 
 
 def check_compiler():
-    compiler = os.environ.get('CXX', 'c++')
+    compiler = os.environ.get('CXX') or 'c++'
     if shutil.which(shlex.split(compiler)[0]) is None:
         return (
             f'the C++ compiler {compiler!r} is missing: apt install g++, or name another one by CXX=/path/to/compiler.'

@@ -90,6 +90,7 @@ def installation(tmp_path_factory):
 
 def test_wheel_holds_package_configs_and_tools_only(installation):
     source, files = installation.source, set(zipfile.ZipFile(installation.wheel).namelist())
+    assert 'soft_mm/py.typed' in files
     carried = {name for name in files if name.startswith('soft_mm/.mim/')}
     expected = [source / 'model-index.yml', *(source / 'configs').rglob('*'), *(source / 'tools').rglob('*')]
     assert carried == {f'soft_mm/.mim/{path.relative_to(source).as_posix()}' for path in expected if path.is_file()}

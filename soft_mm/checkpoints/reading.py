@@ -206,7 +206,11 @@ class _Placeholder:
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    __setstate__ = __setitem__ = __init__
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
 
 
 def _placeholder(full_name: str, base: type = _Placeholder) -> type:
@@ -227,11 +231,15 @@ class _Attribute(_Placeholder):
 # Pickles of protocol 2 name the module `__builtin__`. PyTorch before 2.5 does not translate it to `builtins`.
 _BUILTINS = ('builtins', '__builtin__')
 _NAMES = (
-    *('argparse.Namespace', '_codecs.encode', 'collections.Counter', 'collections.defaultdict'),
+    'argparse.Namespace',
+    '_codecs.encode',
+    'collections.Counter',
+    'collections.defaultdict',
     'mmengine.config.config.ConfigDict',
     'mmengine.logging.history_buffer.HistoryBuffer',
     'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler',
-    *('numpy.ndarray', 'numpy.dtype'),
+    'numpy.ndarray',
+    'numpy.dtype',
     *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('_reconstruct', 'scalar')),
     *(f'{module}.{name}' for module in _BUILTINS for name in ('set', 'frozenset', 'slice', 'complex')),
 )

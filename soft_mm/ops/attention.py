@@ -158,7 +158,14 @@ def softmax_free_attention(
     Raises:
         ValueError: If an option is out of its range, or has no effect with this solver and differs from its default.
     """
-    matrix = middle_matrix(landmarks, False, solver, newton_iterations, newton_backward, ridge)
+    matrix = middle_matrix(
+        landmarks,
+        normalized=False,
+        solver=solver,
+        newton_iterations=newton_iterations,
+        newton_backward=newton_backward,
+        ridge=ridge,
+    )
     return blockwise_attention(q, landmarks, v, *matrix)
 
 
@@ -193,7 +200,14 @@ def normalized_softmax_free_attention(
     Raises:
         ValueError: If an option is out of its range, or has no effect with this solver and differs from its default.
     """
-    matrix = middle_matrix(landmarks, True, solver, newton_iterations, ridge=ridge, degree_scale=degree_scale)
+    matrix = middle_matrix(
+        landmarks,
+        normalized=True,
+        solver=solver,
+        newton_iterations=newton_iterations,
+        ridge=ridge,
+        degree_scale=degree_scale,
+    )
     return blockwise_attention(q, landmarks, v, *matrix)
 
 

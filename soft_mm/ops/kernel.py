@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        tensor: Any = args[0] if args else next(iter(kwargs.values()))
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         with torch.autocast(tensor.device.type, enabled=False):
             return function(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 """The backbone under ``torch.compile``: whole graphs, equal to eager, forward and backward."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def relative_error(found, wanted):
         for name, value in ATTENTIONS.items()
     ],
 )
+@pytest.mark.skipif(sys.platform != 'linux', reason='the default backend needs a C++ compiler')
 def test_compiled_evaluation_equals_eager(attention):
     torch.manual_seed(0)
     backbone = SOFT(ARCH, attention=attention).eval()

@@ -77,7 +77,10 @@ def test_kernel_and_attention_leave_half_precision(half):
 
 def test_arguments_have_their_documented_names():
     a, b = torch.randn(2, 1, 2, 5, 3)
-    assert torch.equal(ops.gaussian_kernel(b=b, a=a), ops.gaussian_kernel(a, b))
+    kernel = ops.gaussian_kernel(b=b, a=a)
+    assert torch.equal(kernel, ops.gaussian_kernel(a, b))
+    kernel = ops.gaussian_kernel(a, a)
+    assert torch.equal(ops.newton_inverse(iterations=5, kernel=kernel), ops.newton_inverse(kernel, 5))
 
 
 @pytest.mark.parametrize('solver', ['newton', 'cholesky'])
