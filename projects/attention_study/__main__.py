@@ -6,16 +6,11 @@ not repeated.
 
 import argparse
 
+from projects.common.arguments import at_least
 from projects.common.jobs import resumable_job
 
 from .compare import QUICK_SEEDS, SEEDS, compare_attention
 from .studies import STUDIES
-
-
-def _seed(text):
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f'{text!r}: expected an integer >= 0')
-    return int(text)
 
 
 def main():
@@ -27,7 +22,7 @@ def main():
     parser.add_argument('--groups', nargs='+', metavar='TITLE', help='titles of the tables to fill (default: all)')
     parser.add_argument(
         '--seeds',
-        type=_seed,
+        type=at_least(0),
         nargs='+',
         help=f'seeds of weights and data (default: {SEEDS}; with --quick {QUICK_SEEDS})',
     )

@@ -2,20 +2,11 @@
 
 import argparse
 
+from projects.common.arguments import at_least
+
 from .dataset_files import export_photo_digits
 from .option_checks import MIN_SIDE
 from .sources import SPLITS
-
-
-def _integer(minimum):
-    """Return a type for argparse, so that its messages name the option of the command line."""
-
-    def convert(text):
-        if not text.isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f'{text!r}: expected an integer >= {minimum}')
-        return int(text)
-
-    return convert
 
 
 def build_parser():
@@ -30,17 +21,17 @@ def build_parser():
     )
     parser.add_argument('--split', nargs='+', choices=SPLITS, default=SPLITS, help='splits to write (default: both)')
     parser.add_argument(
-        '--crops', type=_integer(1), default=1000, help='number of crops per split (default: %(default)s)'
+        '--crops', type=at_least(1), default=1000, help='number of crops per split (default: %(default)s)'
     )
     parser.add_argument(
-        '--scenes', type=_integer(1), default=200, help='number of scenes per split (default: %(default)s)'
+        '--scenes', type=at_least(1), default=200, help='number of scenes per split (default: %(default)s)'
     )
-    parser.add_argument('--seed', type=_integer(0), default=0, help='seed of the samples (default: %(default)s)')
+    parser.add_argument('--seed', type=at_least(0), default=0, help='seed of the samples (default: %(default)s)')
     parser.add_argument(
-        '--size', type=_integer(MIN_SIDE), default=256, help='side of a scene in pixels (default: %(default)s)'
+        '--size', type=at_least(MIN_SIDE), default=256, help='side of a scene in pixels (default: %(default)s)'
     )
     parser.add_argument(
-        '--crop-size', type=_integer(MIN_SIDE), default=64, help='side of a crop in pixels (default: %(default)s)'
+        '--crop-size', type=at_least(MIN_SIDE), default=64, help='side of a crop in pixels (default: %(default)s)'
     )
     parser.add_argument(
         '--num-digits',

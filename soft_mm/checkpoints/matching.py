@@ -20,6 +20,10 @@ def non_tensor_keys(state_dict: Mapping[Any, Any]) -> list[Any]:
     return [key for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
 
 
+def _conversion_command(path: str) -> str:
+    return f'`python tools/convert_checkpoint.py {path} converted.pth`'
+
+
 def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint: its entry ``state_dict``, or the checkpoint itself.
 
@@ -39,7 +43,7 @@ def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     if non_tensors := non_tensor_keys(state_dict):
         raise ValueError(
             f'{path}: expected a dict of tensors, but the entries {non_tensors[:4]} are not tensors. To convert a '
-            f'checkpoint of the authors, run `python tools/convert_checkpoint.py {path} converted.pth`'
+            f'checkpoint of the authors, run {_conversion_command(path)}'
         )
     return state_dict
 
@@ -147,9 +151,7 @@ def match_backbone(
     if prefix and not prefix.endswith('.'):
         prefix += '.'
     if any(key.removeprefix('module.').startswith('block1.') for key in state_dict):
-        raise ValueError(
-            f"{path} has the authors' names: convert it by `python tools/convert_checkpoint.py {path} converted.pth`"
-        )
+        raise ValueError(f"{path} has the authors' names: convert it by {_conversion_command(path)}")
     found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     stages = {key.split('.')[1] for key in expected if key.startswith('stages.')}
     unused = [key for key in found if key.startswith('stages.') and key.split('.')[1] not in stages]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 
 def is_integer(value: object, minimum: int = 1) -> bool:
@@ -32,6 +33,10 @@ def check_integer(name: str, value: object, minimum: int = 1) -> None:
         raise ValueError(f'{name}={value!r}: expected an integer >= {minimum}')
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_positive(name: str, value: object) -> None:
     """Check that a value is a finite number > 0.
 
@@ -42,7 +47,7 @@ def check_positive(name: str, value: object) -> None:
     Raises:
         ValueError: If the value is not a number, not finite, or not positive.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ValueError(f'{name}={value!r}: expected a finite number > 0')
 
 
@@ -56,7 +61,7 @@ def check_rate(name: str, value: object) -> None:
     Raises:
         ValueError: If the value is not a number or out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not _is_number(value) or not 0 <= value < 1:
         raise ValueError(f'{name}={value!r}: expected a number >= 0 and < 1')
 
 
