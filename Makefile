@@ -24,11 +24,14 @@ export MAX_JOBS
 with_cuda = $(if $(filter 1,$(FORCE_CUDA)),--reinstall-package $(1) --config-settings-package $(1):FORCE_CUDA=1)
 
 # uv keeps an installed mmcv when the pinned torch changes, so mmcv is uninstalled first.
+# Another PYTHON makes the environment again.
 # $(call make_venv,folder of the environment,name of its requirements,distribution of mmcv)
+print_version = import sys; print(sys.version_info[:2])
 define make_venv
 @ls $(1)/lib/python*/site-packages/mmcv >/dev/null 2>&1 || { '$(PYTHON)' .dev_scripts/preflight.py \
 	&& echo 'setting up $(1): the first time on a machine takes 10 to 15 minutes, most of them to compile mmcv'; }
-@$(1)/bin/python -c 'import pip' 2>/dev/null || '$(PYTHON)' -m venv --clear $(1)
+@test "$$($(1)/bin/python -c 'import pip; $(print_version)' 2>/dev/null)" = "$$('$(PYTHON)' -c '$(print_version)')" \
+	|| '$(PYTHON)' -m venv --clear $(1)
 @test -x $(1)/bin/uv || $(1)/bin/python -m pip install -q uv==$(UV_VERSION)
 @ls -d $(1)/lib/python*/site-packages/torch-$(shell sed -n 's/^torch==//p' requirements/$(2).in)*.dist-info \
 	>/dev/null 2>&1 || $(1)/bin/uv pip uninstall -q --python $(1) $(3)

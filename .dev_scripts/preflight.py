@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORTED = ((3, 10), (3, 12))  # the pinned packages have wheels for these
-SIZE_GB = 8  # of the environment, and of the cache that its files are linked from; PyPI's torch is the CUDA build
+SIZE_GB = 10  # of the environment, and of the cache that its files are linked from; PyPI's torch is the CUDA build
 
 
 def check_python():
@@ -57,13 +57,16 @@ def check_disk():
     cache = Path(os.environ.get('UV_CACHE_DIR') or home / 'uv').absolute()
     cache = next(folder for folder in (cache, *cache.parents) if folder.exists())
     same_disk = os.stat(cache).st_dev == os.stat(ROOT).st_dev
-    for folder in {cache} if same_disk else {cache, ROOT}:
-        free = shutil.disk_usage(folder).free / 1e9
-        if free < SIZE_GB:
-            return (
-                f'the disk of {folder} has {free:.0f} GB free, and the set-up takes {SIZE_GB} GB: free some space, '
-                'or move the downloads by UV_CACHE_DIR=/path/to/folder.'
-            )
+    folders = {cache: "move uv's cache by UV_CACHE_DIR=/path/to/folder"}
+    if not same_disk:
+        folders[ROOT] = 'move this clone'
+    free = {folder: shutil.disk_usage(folder).free / 1e9 for folder in folders}
+    return ' '.join(
+        f'the disk of {folder} has {free[folder]:.0f} GB free, and the set-up takes {SIZE_GB} GB: free some space, or '
+        f'{remedy}.'
+        for folder, remedy in folders.items()
+        if free[folder] < SIZE_GB
+    )
 
 
 def main():

@@ -15,12 +15,26 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from soft_mm.utils import build_model, read_config, toolbox_scope
 
 _aten = torch.ops.aten
+
+
 # PyTorch's counter would count these operators as 0. The formulas take the shapes of the arguments.
-_MORE_FORMULAE = {
-    _aten.linalg_cholesky_ex: lambda a, *_, **__: torch.Size(a[:-2]).numel() * a[-1] ** 3 // 3,
+def _cholesky_flops(matrix: Sequence[int], *_: Any, **__: Any) -> int:
+    return torch.Size(matrix[:-2]).numel() * matrix[-1] ** 3 // 3
+
+
+def _cholesky_solve_flops(right: Sequence[int], factor: Sequence[int], *_: Any, **__: Any) -> int:
     # Forward and backward substitution, m^2 / 2 multiply-adds per column each.
-    _aten.cholesky_solve: lambda right, factor, *_, **__: 2 * torch.Size(right).numel() * factor[-1],
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    return 2 * torch.Size(right).numel() * factor[-1]
+
+
+def _fused_attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+_MORE_FORMULAE = {
+    _aten.linalg_cholesky_ex: _cholesky_flops,
+    _aten.cholesky_solve: _cholesky_solve_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops,
 }
 
 

@@ -10,8 +10,9 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from soft_mm.checkpoints.matching import check_whole_model, find_state_dict
+from soft_mm.checkpoints.matching import check_normalized, check_whole_model, find_state_dict
 from soft_mm.checkpoints.reading import load_weights, local_file
+from soft_mm.models.attention.softmax_free import normalized_options
 from soft_mm.models.soft import PatchEmbed
 from soft_mm.utils import build_model, read_config
 
@@ -83,9 +84,10 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], path: str) -> di
         dict[str, Tensor]: Weights with the keys of the model.
 
     Raises:
-        ValueError: If weights are missing or have another shape. Position embeddings are resized, so their grid may
-            differ.
+        ValueError: If weights are missing or have another shape, or if attention is normalised in only one of model and
+            checkpoint. Position embeddings are resized, so their grid may differ.
     """
+    check_normalized(checkpoint, normalized_options(model), path)
     found = {key.removeprefix('module.'): value for key, value in find_state_dict(checkpoint, path).items()}
     check_whole_model(found, (model.get_submodule('module') if is_model_wrapper(model) else model).state_dict(), path)
     return found

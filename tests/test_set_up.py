@@ -84,11 +84,63 @@ def test_too_little_disk(preflight, monkeypatch, tmp_path):
     assert '1 GB free' in preflight.check_disk() and 'UV_CACHE_DIR=' in preflight.check_disk()
 
 
+def test_each_full_disk_is_named(preflight, monkeypatch, tmp_path):
+    monkeypatch.setenv('UV_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(preflight.shutil, 'disk_usage', lambda _: SimpleNamespace(free=1e9))
+    monkeypatch.setattr(
+        preflight, 'os', SimpleNamespace(environ=os.environ, stat=lambda path: SimpleNamespace(st_dev=path))
+    )
+    problem = preflight.check_disk()
+    assert f'the disk of {tmp_path} has 1 GB free' in problem and f'the disk of {ROOT} has 1 GB free' in problem
+
+
 def test_every_problem_is_reported(preflight, monkeypatch, capsys):
     monkeypatch.setattr(preflight, 'check_headers', lambda: 'no headers')
     monkeypatch.setattr(preflight, 'check_disk', lambda: 'no space')
     assert preflight.main() == 1
     assert capsys.readouterr().err == 'set-up: no headers\nset-up: no space\n'
+
+
+def make(*arguments, folder=ROOT):
+    done = subprocess.run(['make', *arguments], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ('target', 'stack', 'mmcv'), [('env', 'maintained', 'onedl-mmcv'), ('test-openmmlab', 'openmmlab', 'mmcv')]
+)
+def test_mmcv_is_compiled_for_the_cpu_or_for_cuda(target, stack, mmcv):
+    code, commands = make('-n', target)
+    assert code == 0 and re.search(
+        rf'CUDA_VISIBLE_DEVICES= .* pip sync .*requirements/{stack}.txt', commands, re.DOTALL
+    )
+    assert 'FORCE_CUDA' not in commands
+    code, commands = make('-n', target, 'FORCE_CUDA=1')
+    assert code == 0 and 'CUDA_VISIBLE_DEVICES' not in commands
+    assert f'--reinstall-package {mmcv} --config-settings-package {mmcv}:FORCE_CUDA=1' in commands
+
+
+def test_missing_python_is_named():
+    code, said = make('python', 'PYTHON=')
+    assert code != 0 and 'no Python 3.10, 3.11 or 3.12 was found: apt install python3' in said
+
+
+@pytest.mark.parametrize(('installed', 'again'), [('(3, 11)', False), ('(3, 10)', True), ('', True)])
+def test_environment_of_another_python_is_made_again(tmp_path, installed, again):
+    """With scripts in place of Python and uv, which write down how they were called."""
+    for name in ('Makefile', 'requirements', '.dev_scripts'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    scripts = {'python': "echo '(3, 11)'", '.venv/bin/python': f"echo '{installed}'", '.venv/bin/uv': 'true'}
+    for name, answer in scripts.items():
+        script = tmp_path / name
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n{answer}\n')
+        script.chmod(0o755)
+    code, said = make('env', f'PYTHON={tmp_path / "python"}', folder=tmp_path)
+    assert code == 0, said
+    calls = (tmp_path / 'calls').read_text()
+    assert ('python -m venv --clear .venv' in calls) == again
+    assert 'uv pip sync' in calls and 'requirements/maintained.txt' in calls
 
 
 def read(name):

@@ -156,7 +156,8 @@ def test_missing_weights_are_named_with_the_command_that_makes_them(workspace):
     done = tool('train.py', config, '--work-dir', 'missing', '--cfg-options', *arguments, cwd=workspace)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("init_cfg names the checkpoint 'none.pth', which does not exist")
-    assert '`python tools/convert_checkpoint.py SRC none.pth`' in done.stderr and 'data_root' not in done.stderr
+    command = f'`python {ROOT / "tools/convert_checkpoint.py"} SRC none.pth`'
+    assert command in done.stderr and 'data_root' not in done.stderr
 
 
 def load_tool(name):
@@ -199,6 +200,13 @@ def test_training_does_not_run_code_of_a_checkpoint(tmp_path, monkeypatch, optio
     options = ['--resume', 'code.pth'] if option == '--resume' else ['--cfg-options', 'load_from=code.pth']
     code, said = tool_here('train.py', CLASSIFIER, *options)
     assert code == 2 and 'code.pth is refused' in said and not (tmp_path / 'trace').exists()
+
+
+def test_training_does_not_start_from_the_other_form_of_attention(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(meta=dict(normalized=True), state_dict={}), 'norm.pth')
+    code, said = tool_here('train.py', CLASSIFIER, '--cfg-options', 'load_from=norm.pth')
+    assert code == 2 and 'the attention in norm.pth is normalised' in said and 'Set normalized=True' in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='it is for machines without a GPU')

@@ -2,7 +2,9 @@
 
 import torch
 
+from soft_mm.checkpoints.matching import check_normalized
 from soft_mm.inference import read_whole_model
+from soft_mm.models.attention.softmax_free import normalized_options
 from soft_mm.runner import build_runner, load_config, missing_files, runner_parser
 
 
@@ -20,10 +22,11 @@ def main():
         cfg = load_config(parser, args)
         if args.resume:
             cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
+        content = {}
         if cfg.get('load_from'):
             try:
                 # Read safely first, because mmengine would run code in the file.
-                cfg.load_from, _ = read_whole_model(cfg.load_from)
+                cfg.load_from, content = read_whole_model(cfg.load_from)
             except (FileNotFoundError, ValueError) as error:
                 parser.error(str(error))
         if args.amp:
@@ -35,7 +38,12 @@ def main():
             if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
                 parser.error(f'--auto-scale-lr: set auto_scale_lr = dict(base_batch_size=...) in {args.config} first')
             cfg.auto_scale_lr.enable = True
-        build_runner(cfg).train()
+        runner = build_runner(cfg)
+        try:
+            check_normalized(content, normalized_options(runner.model), cfg.load_from)
+        except ValueError as error:
+            parser.error(str(error))
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
 """Comparison of a checkpoint with the model that should load it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +21,20 @@ def non_tensor_keys(state_dict: Mapping[Any, Any]) -> list[Any]:
     return [key for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
 
 
-def _conversion_command(path: str) -> str:
-    return f'`python tools/convert_checkpoint.py {path} converted.pth`'
+def conversion_command(source: str, target: str, normalized: bool) -> str:
+    """Return the command that converts a checkpoint of the authors.
+
+    Args:
+        source (str): The authors' file.
+        target (str): File to write.
+        normalized (bool): Whether the attention is normalised.
+
+    Returns:
+        str: The command. It has the full path of the tool if soft_mm is used from its clone.
+    """
+    tool = Path(__file__).resolve().parents[2] / 'tools' / 'convert_checkpoint.py'
+    command = f'python {tool if tool.is_file() else "tools/convert_checkpoint.py"} {source} {target}'
+    return f'`{command} --normalized`' if normalized else f'`{command}`'
 
 
 def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
@@ -43,7 +56,8 @@ def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
     if non_tensors := non_tensor_keys(state_dict):
         raise ValueError(
             f'{path}: expected a dict of tensors, but the entries {non_tensors[:4]} are not tensors. To convert a '
-            f'checkpoint of the authors, run {_conversion_command(path)}'
+            f'checkpoint of the authors, run {conversion_command(path, "converted.pth", normalized=False)}, with '
+            '--normalized if its attention is normalised'
         )
     return state_dict
 
@@ -81,9 +95,9 @@ def compare_state_dicts(found: Mapping[str, Tensor], expected: Mapping[str, Tens
     Returns:
         StateDictDiff: The differences.
     """
-    common = [key for key in expected if key in found and found[key].shape != expected[key].shape]
-    resized = [key for key in common if key.endswith('.pos_embed') and _same_channels(found[key], expected[key])]
-    misshapen = [key for key in common if key not in resized]
+    differing = [key for key in expected if key in found and found[key].shape != expected[key].shape]
+    resized = [key for key in differing if key.endswith('.pos_embed') and _same_channels(found[key], expected[key])]
+    misshapen = [key for key in differing if key not in resized]
     return StateDictDiff(
         missing=[key for key in expected if key not in found],
         unexpected=[key for key in found if key not in expected],
@@ -115,6 +129,32 @@ def check_whole_model(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
         )
 
 
+def check_normalized(checkpoint: Mapping[str, Any], normalized: Collection[bool], path: str) -> None:
+    """Check that attention is normalised if and only if it is in a converted checkpoint.
+
+    The weights have the same names and shapes in both forms, so a mistake would remain unnoticed. Only a checkpoint of
+    ``tools/convert_checkpoint.py`` says which form it has, in its metadata. Other checkpoints are not checked.
+
+    Args:
+        checkpoint (dict): Content of the file.
+        normalized (Collection[bool]): The option ``normalized`` of each softmax-free attention of the model.
+        path (str): File of the checkpoint, for the message.
+
+    Raises:
+        ValueError: If an attention has the other form.
+    """
+    meta = checkpoint.get('meta')
+    # Metadata of safetensors are strings.
+    recorded = str(meta.get('normalized')) if isinstance(meta, dict) else ''
+    if recorded in ('True', 'False') and any(str(form) != recorded for form in normalized):
+        found, option = ('normalised', 'without') if recorded == 'True' else ('plain', 'with')
+        raise ValueError(
+            f'the attention in {path} is {found}, as recorded by tools/convert_checkpoint.py, but the config has '
+            f'normalized={recorded != "True"}. Set normalized={recorded} in the attention. If the record is wrong, '
+            f'convert the file of the authors again {option} --normalized'
+        )
+
+
 @dataclass(frozen=True)
 class BackboneFit:
     """Weights for a backbone, found in a checkpoint.
@@ -131,7 +171,7 @@ class BackboneFit:
 
 
 def match_backbone(
-    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str, path: str
+    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str, path: str, normalized: bool
 ) -> BackboneFit:
     """Find the weights of a backbone in a checkpoint.
 
@@ -140,6 +180,7 @@ def match_backbone(
         expected (dict[str, Tensor]): State dict of the backbone. It has only the stages that ``out_indices`` needs.
         prefix (str): Prefix of the backbone's keys in the checkpoint, such as ``'backbone.'``.
         path (str): File of the checkpoint, for messages.
+        normalized (bool): Whether the backbone has normalised attention, for messages.
 
     Returns:
         BackboneFit: The weights, and what was found.
@@ -151,7 +192,8 @@ def match_backbone(
     if prefix and not prefix.endswith('.'):
         prefix += '.'
     if any(key.removeprefix('module.').startswith('block1.') for key in state_dict):
-        raise ValueError(f"{path} has the authors' names: convert it by {_conversion_command(path)}")
+        command = conversion_command(path, 'converted.pth', normalized)
+        raise ValueError(f"{path} has the authors' names: convert it by {command}")
     found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     stages = {key.split('.')[1] for key in expected if key.startswith('stages.')}
     unused = [key for key in found if key.startswith('stages.') and key.split('.')[1] not in stages]

@@ -93,7 +93,8 @@ def load_weights(source: str | Path) -> dict[str, Any]:
         source (str | Path): File of PyTorch, of mmengine's runner or of safetensors, or an http or https address.
 
     Returns:
-        dict: Content of the file. Objects other than tensors and containers are replaced by empty placeholders.
+        dict: Content of the file. Objects other than tensors and containers are replaced by empty placeholders. A file
+        of safetensors becomes a dict with ``state_dict`` and ``meta``, whose values are strings.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -101,7 +102,11 @@ def load_weights(source: str | Path) -> dict[str, Any]:
     """
     file = local_file(source)
     try:
-        return _read(file, [*_PLACEHOLDERS, *_mmengine_placeholders(file)])
+        content = _read(file, [*_PLACEHOLDERS, *_mmengine_placeholders(file)])
+        if not file.endswith('.safetensors'):
+            return content
+        with import_safetensors(file).safe_open(file, 'pt') as opened:
+            return dict(state_dict=content, meta=opened.metadata() or {})
     except ValueError as error:
         if not is_address(source):
             raise

@@ -23,12 +23,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.checkpoints.matching import find_state_dict, match_backbone
+from soft_mm.checkpoints.matching import check_normalized, conversion_command, find_state_dict, match_backbone
 from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate
 from soft_mm.registry import MODELS
 
-from .arch import ARCH_ZOO, MIN_SIDE, check_frozen_stages, parse_arch, parse_attention, parse_img_size, parse_outputs
+from .arch import (
+    ARCH_ZOO,
+    MIN_SIDE,
+    NUM_STAGES,
+    check_frozen_stages,
+    parse_arch,
+    parse_attention,
+    parse_img_size,
+    parse_outputs,
+)
+from .attention.softmax_free import normalized_options
 from .blocks import SoftmaxBlock, SoftmaxFreeBlock, reset_parameters
 
 STEM_DIMS = 32
@@ -237,7 +247,7 @@ class SOFT(BaseModule):
         self.stages = nn.ModuleList()
         for i in range(num_stages):
             grid = tuple(-(-side // 2 ** (i + 2)) for side in self.img_size)
-            if i < len(attentions):
+            if i < NUM_STAGES - 1:
                 local: dict[str, Any] = dict(
                     ratio=self.arch['ratios'][i],
                     conv_size=self.arch['conv_sizes'][i],
@@ -250,7 +260,7 @@ class SOFT(BaseModule):
             else:
                 blocks = [SoftmaxBlock(dims[i], heads[i], drop_rate, next(drop_paths)) for _ in range(depths[i])]
             channels = in_channels if i == 0 else dims[i - 1]
-            last = i == len(attentions)
+            last = i == NUM_STAGES - 1
             self.stages.append(SOFTStage(channels, dims[i], grid, blocks, i == 0, last, drop_rate, with_cp))
         reset_parameters(self)
         self._freeze_stages()
@@ -278,13 +288,15 @@ class SOFT(BaseModule):
         path, prefix = pretrained[-1].get('checkpoint'), pretrained[-1].get('prefix') or ''
         if not isinstance(path, str):
             raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected the key checkpoint with a file or an address')
+        normalized = normalized_options(self)
         if not is_address(path) and not os.path.isfile(path):
             raise FileNotFoundError(
                 f'init_cfg names the checkpoint {path!r}, which does not exist. To convert weights of the authors, run '
-                f'`python tools/convert_checkpoint.py SRC {path}`. To train without a checkpoint, set init_cfg=None'
+                f'{conversion_command("SRC", path, any(normalized))}. To train without a checkpoint, set init_cfg=None'
             )
-        target = self.state_dict()
-        fit = match_backbone(find_state_dict(load_weights(path), path), target, prefix, path)
+        target, content = self.state_dict(), load_weights(path)
+        fit = match_backbone(find_state_dict(content, path), target, prefix, path, any(normalized))
+        check_normalized(content, normalized, path)
         weights = {
             key: resize_pos_embed(value, target[key].shape[-2:]) if key in fit.resized else value
             for key, value in fit.weights.items()

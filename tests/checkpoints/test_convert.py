@@ -77,7 +77,7 @@ def test_converted_weights_start_a_backbone(official, tmp_path):
     assert convert(official, target, '--backbone-only').returncode == 0
     assert not [key for key in read_checkpoint(target)['state_dict'] if key.startswith('head')]
     init = dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')
-    backbone = SOFT('tiny', out_indices=(0, 2), init_cfg=init)
+    backbone = SOFT('tiny', attention=dict(normalized=True), out_indices=(0, 2), init_cfg=init)
     backbone.init_weights()
     expected = from_official(weights(seed=1))
     for key, value in backbone.state_dict().items():
@@ -242,12 +242,50 @@ def test_only_names_of_the_authors_tell_the_attention(name, normalized):
 
 
 @pytest.mark.parametrize('wrap', [lambda d: d, lambda d: dict(state_dict=d, args=argparse.Namespace())])
-def test_backbone_names_the_command_for_a_file_of_the_authors(tmp_path, wrap):
+@pytest.mark.parametrize('normalized', [False, True])
+def test_backbone_names_the_command_for_a_file_of_the_authors(tmp_path, wrap, normalized):
     path = tmp_path / 'theirs.pth'
     torch.save(wrap({f'module.{key}': value for key, value in weights().items()}), path)
     init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
-    with pytest.raises(ValueError, match=f'convert it by `python tools/convert_checkpoint.py {path}'):
-        SOFT('tiny', init_cfg=init_cfg).init_weights()
+    with pytest.raises(ValueError, match="authors' names: convert it by") as raised:
+        SOFT('tiny', attention=dict(normalized=normalized), init_cfg=init_cfg).init_weights()
+    command = str(raised.value).split('`')[1].split()
+    tool, source, target, *options = command[1:]
+    assert Path(tool) == ROOT / 'tools/convert_checkpoint.py' and Path(source) == path
+    assert options == ['--normalized'] * normalized
+    assert convert(source, tmp_path / target, *options).returncode == 0
+    init_cfg['checkpoint'] = str(tmp_path / target)
+    SOFT('tiny', attention=dict(normalized=normalized), init_cfg=init_cfg).init_weights()
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('normalized', [False, True])
+def test_converted_checkpoint_of_the_other_form_is_refused(tmp_path, suffix, normalized):
+    source, target = tmp_path / 'theirs.pth', tmp_path / f'ours{suffix}'
+    torch.save(weights(), source)
+    assert convert(source, target, *['--normalized'] * normalized).returncode == 0
+    init_cfg = dict(type='Pretrained', checkpoint=str(target), prefix='backbone.')
+    other = dict(normalized=not normalized)
+    for attention in (other, [dict(normalized=normalized), other, dict(normalized=normalized)]):
+        with pytest.raises(ValueError, match=f'Set normalized={normalized} in the attention'):
+            SOFT('tiny', attention=attention, init_cfg=init_cfg).init_weights()
+    SOFT('tiny', attention=dict(normalized=normalized), init_cfg=init_cfg).init_weights()
+
+
+def test_whole_model_of_the_other_form_is_refused(tmp_path):
+    from soft_mm.inference import check_weights
+
+    source, target = tmp_path / 'theirs.pth', tmp_path / 'ours.pth'
+    torch.save(weights(), source)
+    assert convert(source, target, '--normalized').returncode == 0
+    content = read_checkpoint(target)
+    models = [
+        Classifier(SOFT('tiny', attention=dict(normalized=normalized), out_type='cls_token'), 1000)
+        for normalized in (False, True)
+    ]
+    with pytest.raises(ValueError, match='ours.pth is normalised, as recorded by .* config has normalized=False'):
+        check_weights(models[0], content, str(target))
+    check_weights(models[1], content, str(target))
 
 
 def test_whole_models_may_resize_position_embeddings():

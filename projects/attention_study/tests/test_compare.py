@@ -215,7 +215,7 @@ def run_program(folder, environment, *arguments):
     # Without OMP_NUM_THREADS, because the program divides the threads among its trainings.
     environment = {key: value for key, value in environment.items() if key != 'OMP_NUM_THREADS'}
     command = [sys.executable, '-m', 'projects.attention_study', *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3000)
 
 
 def check_program(folder, environment, *arguments):

@@ -182,3 +182,15 @@ class SoftmaxFreeAttention(SharedQKAttention):
     def extra_repr(self) -> str:
         names = ('num_heads', 'normalized', 'solver', 'newton_iterations', 'newton_backward', 'max_landmarks', 'ridge')
         return ', '.join(f'{name}={getattr(self, name)!r}' for name in (*names, 'sampler', 'seed', 'grid_dims'))
+
+
+def normalized_options(module: nn.Module) -> list[bool]:
+    """Return the option ``normalized`` of each softmax-free attention in a module.
+
+    Args:
+        module (nn.Module): Backbone or whole model.
+
+    Returns:
+        list[bool]: One value per attention, empty if there is none.
+    """
+    return [part.normalized for part in module.modules() if isinstance(part, SoftmaxFreeAttention)]
