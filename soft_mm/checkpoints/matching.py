@@ -30,11 +30,11 @@ def conversion_command(source: str, target: str, normalized: bool) -> str:
         normalized (bool): Whether the attention is normalised.
 
     Returns:
-        str: The command. It has the full path of the tool if soft_mm is used from its clone.
+        str: The command in backticks. It has the full path of the tool if soft_mm is used from its clone.
     """
     tool = Path(__file__).resolve().parents[2] / 'tools' / 'convert_checkpoint.py'
-    command = f'python {tool if tool.is_file() else "tools/convert_checkpoint.py"} {source} {target}'
-    return f'`{command} --normalized`' if normalized else f'`{command}`'
+    name = tool if tool.is_file() else 'tools/convert_checkpoint.py'
+    return f'`python {name} {source} {target}{" --normalized" * normalized}`'
 
 
 def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:

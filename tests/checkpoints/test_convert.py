@@ -272,12 +272,11 @@ def test_converted_checkpoint_of_the_other_form_is_refused(tmp_path, suffix, nor
     SOFT('tiny', attention=dict(normalized=normalized), init_cfg=init_cfg).init_weights()
 
 
-def test_whole_model_of_the_other_form_is_refused(tmp_path):
+def test_whole_model_of_the_other_form_is_refused(official, tmp_path):
     from soft_mm.inference import check_weights
 
-    source, target = tmp_path / 'theirs.pth', tmp_path / 'ours.pth'
-    torch.save(weights(), source)
-    assert convert(source, target, '--normalized').returncode == 0
+    target = tmp_path / 'ours.pth'
+    assert convert(official, target).returncode == 0
     content = read_checkpoint(target)
     models = [
         Classifier(SOFT('tiny', attention=dict(normalized=normalized), out_type='cls_token'), 1000)
