@@ -106,6 +106,7 @@ setup(
         'maintained': MAINTAINED,
         'photo-digits': ['scikit-learn', 'scikit-image', 'pycocotools', 'rich'],
         'safetensors': ['safetensors'],
+        'export': ['onnx', 'onnxscript', 'onnxruntime'],
         'dev': ['pytest', 'pytest-xdist', 'ruff', 'pre-commit'],
     },
     classifiers=[

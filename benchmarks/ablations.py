@@ -58,7 +58,7 @@ class ComposedAutogradAttention(SoftmaxFreeAttention):
     """Chunks of tokens with PyTorch's gradient checkpointing instead of the hand-written backward pass."""
 
     def attend(self, q, v, grid):
-        landmarks, pool_factor = self.landmarks(q, grid)
+        landmarks, pool_factor, _ = self.landmarks(q, grid)
         matrix, inverted = self.middle(landmarks, pool_factor)
         landmarks = landmarks.to(compute_dtype(q))
 
@@ -79,7 +79,7 @@ class HeldKernelAttention(SoftmaxFreeAttention):
     """Attention that computes ``P`` once and holds it for the backward pass."""
 
     def attend(self, q, v, grid):
-        landmarks, pool_factor = self.landmarks(q, grid)
+        landmarks, pool_factor, _ = self.landmarks(q, grid)
         matrix, inverted = self.middle(landmarks, pool_factor)
         cross = gaussian_kernel(q, landmarks)
         return cross @ _multiply_middle(matrix, cross.transpose(-2, -1) @ v, inverted)

@@ -19,7 +19,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from soft_mm.utils import check_device
 
-_ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _ask_worker(request, deadline):
             input=json.dumps(request),
             capture_output=True,
             text=True,
-            cwd=_ROOT,
+            cwd=ROOT,
             env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
             timeout=max(deadline - time.monotonic(), 0),
         )

@@ -21,7 +21,7 @@ from .targets import Target, build_step
 # A first step at this size loads libraries and allocates their workspaces, so that these do not count as memory.
 _WARM_SIZE = (64, 64)
 # mallopt(3): allocations above this threshold return to the system when they are freed.
-_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 2**20
+MMAP_THRESHOLD = -3, 2**20
 # Default limit of a measurement, as a fraction of the available memory.
 _MEMORY_SHARE = 0.75
 
@@ -47,7 +47,7 @@ def measure(request):
     if request['what'] == 'memory':
         return dict(bytes=_peak_memory(targets[0], size, settings, device))
     steps = [build_step(target, size, **settings) for target in targets]
-    times = _measure_times(steps, request['repeats'], request['seconds'], device)
+    times = measure_times(steps, request['repeats'], request['seconds'], device)
     del steps
     forward = build_step(targets[0], size, **dict(settings, train=False, device='cpu'))
     try:
@@ -63,7 +63,7 @@ def _synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def _measure_times(steps, repeats, seconds, device):
+def measure_times(steps, repeats, seconds, device):
     times = [[] for _ in steps]
     for step in steps:
         step()
@@ -81,7 +81,7 @@ def _measure_times(steps, repeats, seconds, device):
 def _peak_memory(target, size, settings, device):
     if device.type == 'cpu':
         # Then the allocator keeps no large freed blocks, and resident memory is the memory of live tensors.
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        ctypes.CDLL(None).mallopt(*MMAP_THRESHOLD)
     warm_size = (1, min(size[1], _WARM_SIZE[1])) if target.is_sequence else _WARM_SIZE
     build_step(target, warm_size, **settings)()
     step = build_step(target, size, **settings)
@@ -93,18 +93,18 @@ def _peak_memory(target, size, settings, device):
         return torch.cuda.max_memory_allocated(device) - before
     # Otherwise the step could reuse memory that the first step freed, and the peak would not show it.
     ctypes.CDLL(None).malloc_trim(0)
-    _reset_peak()
-    before = _status_bytes('VmRSS')
+    reset_peak()
+    before = status_bytes('VmRSS')
     step()
-    return max(_status_bytes('VmHWM') - before, 0)
+    return max(status_bytes('VmHWM') - before, 0)
 
 
-def _reset_peak():
+def reset_peak():
     # proc_pid_clear_refs(5): writing 5 resets the peak to the current resident size.
     Path('/proc/self/clear_refs').write_text('5')
 
 
-def _status_bytes(key):
+def status_bytes(key):
     """Return a size in the status of this process, in bytes."""
     return _read_kib('/proc/self/status', key) * 1024
 
@@ -122,7 +122,7 @@ def _limit_memory(max_memory):
     Without a limit, the kernel could kill any other process instead.
     """
     gib = max_memory or _MEMORY_SHARE * _read_kib('/proc/meminfo', 'MemAvailable') / 2**20
-    limit = _status_bytes('VmData') + int(gib * 2**30)
+    limit = status_bytes('VmData') + int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 

@@ -1,16 +1,24 @@
-"""Draw the predictions of a trained model: class scores, boxes and masks, or a segmentation."""
+"""Draw the predictions of a trained model: class scores, boxes and masks, or a segmentation.
+
+The model is a config with a checkpoint, or a file that tools/export_onnx.py wrote: predict.py IMAGE MODEL.onnx.
+"""
 
 import argparse
 
 from soft_mm.inference import find_images, predict
+from soft_mm.onnx_model import predict_onnx
 from soft_mm.utils import check_device
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', metavar='IMAGE|FOLDER', help='image file, or folder of image files')
-    parser.add_argument('config', help='config file of mmpretrain, mmdet or mmsegmentation')
-    parser.add_argument('checkpoint', help='checkpoint file of the model, or its http(s) address')
+    parser.add_argument(
+        'config', metavar='CONFIG|MODEL.onnx', help='config file of mmpretrain, mmdet or mmsegmentation, or ONNX file'
+    )
+    parser.add_argument(
+        'checkpoint', nargs='?', help='checkpoint file of the model of the config, or its http(s) address'
+    )
     parser.add_argument(
         '--out-dir',
         default='outputs',
@@ -25,7 +33,14 @@ def main():
         if args.device:
             check_device(args.device)
         images = find_images(args.images)
-        pictures = predict(images, args.config, args.checkpoint, args.out_dir, args.device, args.score_thr)
+        if args.config.endswith('.onnx'):
+            if args.checkpoint or args.device not in (None, 'cpu'):
+                parser.error(f'{args.config} needs no checkpoint and runs on the CPU: leave both out')
+            pictures = predict_onnx(images, args.config, args.out_dir, args.score_thr)
+        elif args.checkpoint is None:
+            parser.error(f'{args.config} is a config: give its checkpoint too')
+        else:
+            pictures = predict(images, args.config, args.checkpoint, args.out_dir, args.device, args.score_thr)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(f'pictures written to {pictures}: {len(images)}')

@@ -1,4 +1,4 @@
-"""Demo: pretrain a classifier on photo-digits, then train a detector and a segmentor with its backbone.
+"""Demo: pretrain a classifier on photo-digits, then train a detector and a segmentor with its backbone, and export.
 
 An interrupted demo is resumed, and finished trainings are not repeated, see :mod:`projects.common.training`.
 """
@@ -16,6 +16,8 @@ from rich.table import Table
 from projects.common.jobs import resumable_job
 from projects.common.run_logs import last_checkpoint
 from projects.common.training import Task, train_task
+from soft_mm.export import export_onnx
+from soft_mm.onnx_model import import_extra
 from soft_mm.utils import write_json
 
 from .dataset_files import MANIFEST, export_photo_digits
@@ -36,6 +38,8 @@ DETECTION = Task(
     {f'coco/{kind}_{name}': (f'{kind}_{name}', 1) for kind in ('bbox', 'segm') for name in ('mAP', 'mAP_50')},
 )
 SEGMENTATION = Task('segmentation', f'{_CONFIGS}/fpn_soft-tiny_photo-digits.py', {'mIoU': ('mIoU', 0.01)})
+# Models to export to ONNX, with the side of their images and the folder of those for the check.
+_EXPORTS = ((CLASSIFICATION, 64, 'val/crops'), (SEGMENTATION, 256, 'val/scenes/images'))
 
 
 def run_demo(work_dir='work_dirs/demo', from_scratch=False):
@@ -77,14 +81,39 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
     for task in (DETECTION, SEGMENTATION):
         picture = work_dir / f'{task.name}.png'
         # mmengine shares visualizers of the same name within a process, so each toolbox draws in a separate process.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
-            pool.submit(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture).result()
+        _in_new_process(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture)
+    files = [] if from_scratch else _export(work_dir, console)
     summary['versions'] = _versions()
     path = work_dir / 'summary.json'
     write_json(path, summary)
     _print_summary(summary, console)
     console.print(f'Results: {path}; pictures in the same folder: loss_curves.png, detection.png, segmentation.png')
+    if files:
+        console.print(f'ONNX files: {", ".join(map(str, files))}')
     return summary
+
+
+def _export(work_dir, console):
+    """Export models to ONNX and return the files, or say which packages are missing."""
+    console.rule('export')
+    try:
+        import_extra('onnx', 'onnxscript', 'onnxruntime')
+    except ValueError as error:
+        console.print(f'No ONNX files: {error}', markup=False)
+        return []
+    files = []
+    for task, side, folder in _EXPORTS:
+        images = [str(image) for image in sorted((DATA / folder).rglob('*.png'))[:3]]
+        files.append(work_dir / f'{task.name}.onnx')
+        arguments = (task.config_file, last_checkpoint(work_dir / task.name), files[-1], (side, side), 'batch')
+        for line in _in_new_process(export_onnx, *arguments, images=images, force=True):
+            console.print(f'{files[-1]}: {line}')
+    return files
+
+
+def _in_new_process(function, *arguments, **options):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(function, *arguments, **options).result()
 
 
 def _versions():

@@ -7,7 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.ops.kernel import is_compiling
+from soft_mm.ops.recording import is_compiling, needs_standard_operators
 
 from .attention import build_attention
 
@@ -79,8 +79,8 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the MLP to tokens ``(B, n, C)``."""
-        # torch.compile would unroll the loop, and it plans its memory itself.
-        if is_compiling():
+        # Recorders would unroll the loop, and torch.compile plans its memory itself.
+        if is_compiling() or needs_standard_operators():
             return self.after_fc1(self.fc1(x))
         recompute = self.training and torch.is_grad_enabled()
         entries = _CHUNK_ENTRIES.get(x.device.type, _ACCELERATOR_ENTRIES)

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from soft_mm.checkpoints.matching import check_normalized, conversion_command, find_state_dict, match_backbone
 from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate
+from soft_mm.ops.recording import has_dynamic_side, is_tracing, needs_standard_operators
 from soft_mm.registry import MODELS
 
 from .arch import (
@@ -77,7 +78,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
     Returns:
         Tensor: ``(1, C, H, W)`` in the dtype of ``pos_embed``. If the grid is the same, ``pos_embed`` itself.
     """
-    if tuple(pos_embed.shape[-2:]) == tuple(grid):
+    if not has_dynamic_side(grid) and tuple(pos_embed.shape[-2:]) == tuple(grid):
         return pos_embed
     wide = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
     return nn.functional.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False).to(pos_embed.dtype)
@@ -139,10 +140,15 @@ class SOFTStage(BaseModule):
             tuple[Tensor, tuple[int, int]]: Tokens after the last block, and their grid ``(H', W')``. The tokens are
             ``(B, H' * W', C)``, or ``(B, 1 + H' * W', C)`` with the class token first.
         """
-        # In channels-last format, a map and its tokens have the same memory layout, so no copy is needed.
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        if not needs_standard_operators():
+            # In channels-last format, a map and its tokens have the same memory layout, so no copy is needed.
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.patch_embed(x)
         grid = (x.shape[-2], x.shape[-1])
-        x = x.permute(0, 2, 3, 1).flatten(1, 2) + resize_pos_embed(self.pos_embed, grid).flatten(2).transpose(1, 2)
+        if is_tracing():
+            # A trace holds the branches of one grid. For another grid, the next addition fails.
+            grid = (int(grid[0]), int(grid[1]))
+        x = (x + resize_pos_embed(self.pos_embed, grid)).permute(0, 2, 3, 1).flatten(1, 2)
         if self.class_token:
             x = torch.cat([(self.cls_token + self.cls_pos_embed).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x)

@@ -13,7 +13,7 @@ from .baseline_attention import (
     performer_attention,
     resize_sequence_projection,
 )
-from .blockwise import blockwise_attention
+from .blockwise import blockwise_attention, whole_attention
 from .inverse import newton_inverse, newton_inverse_per_image, pseudo_inverse, ridge_matrix, safe_ridge
 from .kernel import gaussian_kernel
 from .landmarks import (
@@ -21,6 +21,7 @@ from .landmarks import (
     conv_landmarks,
     mean_landmarks,
     pool_landmarks,
+    pool_to_slots,
     pooled_grid,
     project_patches,
     random_landmarks,
@@ -44,6 +45,7 @@ __all__ = [
     'orthogonal_features',
     'performer_attention',
     'pool_landmarks',
+    'pool_to_slots',
     'pooled_grid',
     'project_patches',
     'pseudo_inverse',
@@ -52,4 +54,5 @@ __all__ = [
     'ridge_matrix',
     'safe_ridge',
     'softmax_free_attention',
+    'whole_attention',
 ]

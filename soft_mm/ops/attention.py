@@ -1,10 +1,19 @@
 """Softmax-free attention over landmarks, and its local branch."""
 
+import torch
 from torch import Tensor, nn
 
 from .blockwise import blockwise_attention
 from .checks import check_choice, check_integer, check_positive
-from .inverse import NEWTON_BACKWARDS, newton_inverse, newton_inverse_per_image, pseudo_inverse, ridge_matrix
+from .inverse import (
+    NEWTON_BACKWARDS,
+    converged_newton_inverse,
+    iterations_to_converge,
+    newton_inverse,
+    newton_inverse_per_image,
+    pseudo_inverse,
+    ridge_matrix,
+)
 from .kernel import compute_dtype, gaussian_kernel
 
 SOLVERS = ('newton', 'cholesky', 'svd')
@@ -37,16 +46,27 @@ def check_solver(solver: str, normalized: bool = False, **options: object) -> No
             )
 
 
-def _kernel_and_ridge_matrix(landmarks: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def _kernel_and_ridge_matrix(landmarks: Tensor, ridge: float, present: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return ``A`` and ``A + ridge * I``. The latter is positive definite even after rounding."""
     landmarks = landmarks.to(compute_dtype(landmarks))
     # Centring does not change distances, and it reduces their rounding errors.
-    landmarks = landmarks - landmarks.mean(-2, keepdim=True)
-    kernel = gaussian_kernel(landmarks, landmarks)
+    if present is None:
+        landmarks = landmarks - landmarks.mean(-2, keepdim=True)
+    else:
+        landmarks = (landmarks - landmarks.sum(-2, keepdim=True) / present.sum()) * present[:, None]
+    kernel = _landmark_kernel(landmarks, present)
     return kernel, ridge_matrix(kernel, ridge, landmarks.detach().square().sum(-1).amax(-1))
 
 
-def _degree_roots(kernel: Tensor, degree_scale: float) -> Tensor:
+def _landmark_kernel(landmarks: Tensor, present: Tensor | None) -> Tensor:
+    """Return ``A``. Slots without a landmark get the rows and columns of the identity, so they change no other slot."""
+    kernel = gaussian_kernel(landmarks, landmarks)
+    if present is None:
+        return kernel
+    return kernel * (present[:, None] * present) + torch.diag(1 - present)
+
+
+def _degree_roots(kernel: Tensor, degree_scale: float | Tensor) -> Tensor:
     root = (degree_scale * kernel.sum(-1, keepdim=True)).sqrt()
     return root * root.transpose(-2, -1)
 
@@ -58,7 +78,8 @@ def middle_matrix(
     newton_iterations: int = 20,
     newton_backward: str = 'one_step',
     ridge: float = 0.01,
-    degree_scale: float = 1.0,
+    degree_scale: float | Tensor = 1.0,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """Compute the matrix ``M`` of the attention ``P M (P^T v)`` from the landmarks.
 
@@ -72,6 +93,8 @@ def middle_matrix(
         newton_backward (str): See :func:`~soft_mm.ops.newton_inverse`. Defaults to ``'one_step'``.
         ridge (float): Added to the diagonal of ``A``, by ``'cholesky'`` and plain ``'newton'`` only. Defaults to 0.01.
         degree_scale (float): Factor of the degrees, used with ``normalized`` only. Defaults to 1.
+        present (Tensor | None): Mask of the slots that hold a landmark, see :func:`~soft_mm.ops.pool_to_slots`.
+            Defaults to None: all.
 
     Returns:
         tuple[Tensor, bool]: A matrix ``(B, h, m, m)`` in float32 or wider, and the flag ``inverted``: False if the
@@ -79,16 +102,26 @@ def middle_matrix(
         :func:`~soft_mm.ops.blockwise_attention`.
 
     Raises:
+        NotImplementedError: If ``present`` is given for ``'svd'``.
         ValueError: See :func:`check_solver`.
     """
     check_solver(solver, normalized, newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge)
     if solver == 'cholesky':
-        kernel, matrix = _kernel_and_ridge_matrix(landmarks, ridge)
+        kernel, matrix = _kernel_and_ridge_matrix(landmarks, ridge, present)
+        if torch.onnx.is_in_onnx_export():
+            iterations = iterations_to_converge(landmarks.shape[-2], ridge)
+            inverse = converged_newton_inverse(matrix, ridge, iterations)
+            return (inverse / _degree_roots(kernel, degree_scale) if normalized else inverse), False
         return (matrix * _degree_roots(kernel, degree_scale) if normalized else matrix), True
     if solver == 'svd':
+        if present is not None:
+            raise NotImplementedError(
+                "solver='svd' with bounded landmarks cannot be exported for variable image sides: export one size, or "
+                "set solver='cholesky'"
+            )
         inverse, kernel = pseudo_inverse(landmarks)
     else:
-        kernel = gaussian_kernel(landmarks, landmarks)
+        kernel = _landmark_kernel(landmarks, present)
         if normalized:
             inverse = newton_inverse_per_image(kernel, newton_iterations)
         else:

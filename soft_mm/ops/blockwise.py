@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernel import compute_dtype, gaussian_kernel, is_compiling, without_autocast
+from .kernel import compute_dtype, gaussian_kernel, without_autocast
+from .recording import is_compiling, needs_standard_operators
 
 # Number of entries of P per chunk. On a CPU, a chunk should fit in the cache. An accelerator needs large products to be
 # fast: 2^24 entries in float32 are 64 MiB.
@@ -148,6 +149,35 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 @without_autocast
+def whole_attention(
+    q: Tensor, landmarks: Tensor, v: Tensor, matrix: Tensor, inverted: bool = False, present: Tensor | None = None
+) -> Tensor:
+    """Compute ``P M (P^T v)`` in standard operators, for exports, traces and transforms. ``P`` is held whole.
+
+    Args:
+        q (Tensor): Scaled queries ``(B, h, n, d)``.
+        landmarks (Tensor): ``(B, h, m, d)``.
+        v (Tensor): Values ``(B, h, n, d_v)``.
+        matrix (Tensor): See :func:`blockwise_attention`.
+        inverted (bool): See :func:`blockwise_attention`. Defaults to False.
+        present (Tensor | None): Mask of the slots that hold a landmark, see :func:`~soft_mm.ops.pool_to_slots`.
+            Defaults to None: all.
+
+    Returns:
+        Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``.
+    """
+    cross = gaussian_kernel(q, landmarks)
+    if present is not None:
+        cross = cross * present
+    gathered = torch.matmul(cross.transpose(-2, -1), v.to(cross.dtype))
+    if inverted:
+        weights = torch.cholesky_solve(gathered, torch.linalg.cholesky_ex(matrix)[0])
+    else:
+        weights = torch.matmul(matrix, gathered)
+    return torch.matmul(cross, weights).to(v.dtype)
+
+
+@without_autocast
 def blockwise_attention(q: Tensor, landmarks: Tensor, v: Tensor, matrix: Tensor, inverted: bool = False) -> Tensor:
     """Compute ``P M (P^T v)`` with ``P = g(q, l)``. The memory grows with ``n d + m^2``, not with ``n m``.
 
@@ -167,4 +197,6 @@ def blockwise_attention(q: Tensor, landmarks: Tensor, v: Tensor, matrix: Tensor,
         supported.
     """
     dtype = compute_dtype(q)
+    if needs_standard_operators():
+        return whole_attention(q, landmarks.to(dtype), v, matrix.to(dtype), inverted)
     return _BlockwiseAttention.apply(q, landmarks.to(dtype), v, matrix.to(dtype), inverted)

@@ -1,5 +1,6 @@
 """Inverses of the landmark kernel ``A``: truncated Newton, ridge (by Cholesky) and exact (pseudo-inverse)."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from .checks import check_choice
 from .kernel import compute_dtype, gaussian_kernel, without_autocast
+from .recording import needs_standard_operators
 
 NEWTON_BACKWARDS = ('one_step', 'exact')
 
@@ -81,11 +83,15 @@ def newton_inverse(kernel: Tensor, iterations: int = 20, ridge: float = 0.01, ba
     """
     check_choice('backward', backward, NEWTON_BACKWARDS)
     kernel = kernel.to(compute_dtype(kernel))
-    if backward == 'one_step':
+    if backward == 'one_step' and not needs_standard_operators():
         return _OneStepNewton.apply(kernel, iterations, ridge)
     step = _plain_step(kernel)
-    kernel = add_ridge(kernel, ridge)
-    return _iterate(kernel, step * kernel, iterations)
+    matrix = add_ridge(kernel, ridge)
+    if backward == 'exact' or not (torch.is_grad_enabled() and kernel.requires_grad):
+        return _iterate(matrix, step * matrix, iterations)
+    inverse = _iterate(matrix.detach(), (step * matrix).detach(), iterations)
+    # The added term is 0. Its gradient is that of the true inverse.
+    return inverse - inverse.mT @ (kernel - kernel.detach()) @ inverse.mT
 
 
 @without_autocast
@@ -116,7 +122,9 @@ def newton_inverse_per_image(kernel: Tensor, iterations: int = 20) -> Tensor:
         column_sum = (1 - candidates * square_diagonal).abs() + candidates * (square_sum - square_diagonal)
         too_large = column_sum.amax((-2, -1)) > 1.01
         # The first candidate within the bound, or the last one if none is.
-        halving = 0.5 ** too_large[:, :-1].to(kernel.dtype).cumprod(1).sum(1)
+        # A cumulative sum, because ONNX has no cumulative product.
+        before = (~too_large[:, :-1]).to(kernel.dtype).cumsum(1) == 0
+        halving = 0.5 ** before.to(kernel.dtype).sum(1)
     return _iterate(kernel, (step * halving)[:, None, None, None] * kernel, iterations)
 
 
@@ -135,6 +143,42 @@ def pseudo_inverse(landmarks: Tensor) -> tuple[Tensor, Tensor]:
     kernel = gaussian_kernel(landmarks.double(), landmarks.double())
     dtype = compute_dtype(landmarks)
     return torch.linalg.pinv(kernel, hermitian=True).to(dtype), kernel.to(dtype)
+
+
+@without_autocast
+def converged_newton_inverse(matrix: Tensor, ridge: float, iterations: int) -> Tensor:
+    """Compute the inverse of ``A + ridge * I`` by Newton iterations to convergence, for ONNX, which has no Cholesky.
+
+    The iterations start at ``V = alpha I`` with ``alpha = 2 / (largest row sum + ridge)``, not at a multiple of the
+    matrix, whose condition number would be squared. The error ``1 - 2 / condition`` is squared in each iteration.
+
+    Args:
+        matrix (Tensor): ``A + ridge * I``, ``(..., m, m)``, symmetric positive definite without negative entries.
+        ridge (float): Lower bound of the smallest eigenvalue.
+        iterations (int): Number of iterations, see :func:`iterations_to_converge`.
+
+    Returns:
+        Tensor: ``(..., m, m)``.
+    """
+    start = 2 / (matrix.sum(-1).amax(-1)[..., None, None] + ridge)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return _iterate(matrix, start * identity.expand_as(matrix), iterations)
+
+
+def iterations_to_converge(count: int, ridge: float) -> int:
+    """Return the Newton iterations after which the inverse of ``A + ridge * I`` is exact in float32.
+
+    The eigenvalues of ``A`` are at most ``count``, so the condition number is at most ``count / ridge + 1``. After
+    ``k`` iterations the relative error is at most ``(1 - 2 / condition) ** (2 ** k)``.
+
+    Args:
+        count (int): Number of landmarks ``m``.
+        ridge (float): Ridge.
+
+    Returns:
+        int: Iterations for a relative error of at most 1e-8, plus one.
+    """
+    return math.ceil(math.log2(10 * (count / ridge + 1))) + 1
 
 
 def safe_ridge(kernel: Tensor, ridge: float, square_norm: float | Tensor = 0.0) -> Tensor:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 P = ParamSpec('P')
 T = TypeVar('T')
-# PyTorch before 2.3 has no `is_compiling`.
-is_compiling: Callable[[], bool] = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

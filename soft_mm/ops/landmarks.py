@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernel import compute_dtype, without_autocast
+from .recording import has_dynamic_side, needs_standard_operators
 
 
 @without_autocast
@@ -27,10 +28,16 @@ def project_patches(q: Tensor, grid: tuple[int, int], weight: Tensor) -> tuple[T
         tuple[Tensor, tuple[int, int]]: Tokens ``(B, h, m, d)`` in float32 or wider, and their grid
         ``(max(H // r, 1), max(W // r, 1))`` (for a sequence ``(1, max(n // r, 1))``).
     """
-    (B, heads, _, d), (H, W), (rows, columns) = q.shape, grid, weight.shape[-2:]
-    out_h, out_w = max(H // rows, 1), max(W // columns, 1)
+    (B, heads, _, d), (H, W) = q.shape, grid
+    rows, columns = (int(side) for side in weight.shape[-2:])
     dtype = compute_dtype(q)
     maps = q.to(dtype).reshape(B, heads, H, W, d)
+    if has_dynamic_side(grid):
+        # An export cannot decide whether a side is shorter than a patch. For the backbone's images none is.
+        maps = maps.flatten(0, 1).permute(0, 3, 1, 2)
+        maps = F.conv2d(maps, weight.to(dtype), stride=(rows, columns))
+        return maps.flatten(2).transpose(1, 2).unflatten(0, (B, heads)), (maps.shape[-2], maps.shape[-1])
+    out_h, out_w = max(H // rows, 1), max(W // columns, 1)
     for dim, side, r in ((2, H, rows), (3, W, columns)):
         if side < r:
             maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
@@ -94,13 +101,17 @@ def pooled_grid(grid: tuple[int, int], max_landmarks: int) -> tuple[int, int]:
     if H * W <= max_landmarks:
         return grid
     short, long = min(H, W), max(H, W)
-    below = max(int(math.sqrt(short * max_landmarks // long)), 1)
+    below = max(math.isqrt(short * max_landmarks // long), 1)
     above = min(below + 1, short, max_landmarks)
 
-    def aspect_error(side: int) -> float:
-        return abs(math.log(min(long, max_landmarks // side) * short / (side * long)))
+    def aspect_error(side: int) -> tuple[int, int]:
+        """Return the ratio of the aspect ratios, at least 1, as numerator and denominator."""
+        terms = min(long, max_landmarks // side) * short, side * long
+        return max(terms), min(terms)
 
-    short_out = above if aspect_error(above) < aspect_error(below) else below
+    above_error, below_error = aspect_error(above), aspect_error(below)
+    better = above_error[0] * below_error[1] < below_error[0] * above_error[1]
+    short_out = above if better else below
     long_out = min(long, max_landmarks // short_out)
     return (short_out, long_out) if H <= W else (long_out, short_out)
 
@@ -138,8 +149,66 @@ def mean_landmarks(tokens: Tensor, grid: tuple[int, int], out_grid: tuple[int, i
     if tuple(grid) == tuple(out_grid):
         return tokens
     B, heads, _, d = tokens.shape
+    if needs_standard_operators():
+        # ONNX has no adaptive pooling.
+        rows, columns = (
+            _cell_weights(torch.arange(cells, device=tokens.device), cells, side, tokens.dtype)
+            for cells, side in zip(out_grid, grid)
+        )
+        maps = torch.matmul(rows, tokens.reshape(B, heads, grid[0], -1)).reshape(B, heads, -1, grid[1], d)
+        return torch.matmul(columns, maps).reshape(B, heads, -1, d)
     maps = tokens.reshape(B * heads, *grid, d).permute(0, 3, 1, 2)
     return F.adaptive_avg_pool2d(maps, out_grid).flatten(2).transpose(1, 2).reshape(B, heads, -1, d)
+
+
+def _cell_weights(index: Tensor, cells: int | Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    """Return the weights ``(len(index), side)`` with which the cells of a side average it, as adaptive pooling does."""
+    start = (index * side // cells)[:, None]
+    end = ((index + 1) * side + cells - 1).div(cells, rounding_mode='floor')[:, None]
+    position = torch.arange(side, device=index.device)
+    return ((position >= start) & (position < end)).to(dtype) / (end - start)
+
+
+def pool_to_slots(landmarks: Tensor, grid: tuple[int, int], max_landmarks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Average landmarks as :func:`pool_landmarks` does, on a grid whose sides are variables of an export.
+
+    The number of landmarks then depends on the input. The output therefore has ``max_landmarks`` slots, and a mask says
+    which slots hold a landmark.
+
+    Args:
+        landmarks (Tensor): ``(B, h, M, d)``.
+        grid (tuple[int, int]): Grid of the landmarks, with ``M`` cells.
+        max_landmarks (int): Largest number of landmarks.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Slots ``(B, h, max_landmarks, d)``, zero where there is no landmark; the pool
+        factor, a scalar; the mask ``(max_landmarks,)`` with ones and zeros.
+    """
+    device, dtype = landmarks.device, landmarks.dtype
+    H, W = (torch.full((), side, dtype=torch.int64, device=device) for side in grid)
+    # A tensor, because ONNX does not divide a number by a tensor.
+    bound = torch.full_like(H, max_landmarks)
+    short, long = torch.minimum(H, W), torch.maximum(H, W)
+    below = (short * max_landmarks // long).double().sqrt().floor().long().clamp(min=1)
+    above = torch.minimum(below + 1, short).clamp(max=max_landmarks)
+
+    def aspect_error(side: Tensor) -> tuple[Tensor, Tensor]:
+        terms = torch.minimum(long, bound // side) * short, side * long
+        return torch.maximum(*terms), torch.minimum(*terms)
+
+    above_error, below_error = aspect_error(above), aspect_error(below)
+    better = above_error[0] * below_error[1] < below_error[0] * above_error[1]
+    short_out = torch.where(better, above, below)
+    long_out = torch.minimum(long, bound // short_out)
+    wide, all_fit = H <= W, H * W <= max_landmarks
+    rows = torch.where(all_fit, H, torch.where(wide, short_out, long_out))
+    columns = torch.where(all_fit, W, torch.where(wide, long_out, short_out))
+    slot = torch.arange(max_landmarks, device=device)
+    row_weights = _cell_weights(slot // columns, rows, grid[0], dtype)
+    column_weights = _cell_weights(slot % columns, columns, grid[1], dtype)
+    present = (slot < rows * columns).to(dtype)
+    weights = (row_weights[:, :, None] * column_weights[:, None, :]).flatten(1) * present[:, None]
+    return torch.matmul(weights, landmarks), (H * W).to(dtype) / (rows * columns), present
 
 
 def random_landmarks(q: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -247,7 +247,7 @@ def test_random_landmarks_are_drawn_in_training_and_fixed_in_evaluation():
     module = SoftmaxFreeAttention(**SHAPE, sampler='random', max_landmarks=4)
     q = torch.randn(1, 2, 35, 8) * 8**-0.25
     drawn = [module.landmarks(q, (5, 7)) for _ in range(3)]
-    assert all(landmarks.shape == (1, 2, 4, 8) and pool_factor == 6 / 4 for landmarks, pool_factor in drawn)
+    assert all(landmarks.shape == (1, 2, 4, 8) and pool_factor == 6 / 4 for landmarks, pool_factor, _ in drawn)
     assert not torch.equal(drawn[0][0], drawn[1][0])
     module.eval()
     first, again = (module.landmarks(q, (5, 7))[0] for _ in range(2))

@@ -53,7 +53,7 @@ def test_budgets_are_equal(side, budgets):
             lambda module, inputs: counts.append(module.landmarks(torch.zeros(1, 1, inputs[0].shape[1], 32), inputs[1]))
         )
     backbone(torch.zeros(1, 3, side, side))
-    assert [landmarks.shape[2] for landmarks, _ in counts] == budgets
+    assert [landmarks.shape[2] for landmarks, *_ in counts] == budgets
     options = ('proj_tokens', 'num_features', 'num_landmarks')
     given = [value for case in study.cases.values() for key, value in case.items() if key.split('.')[1] in options]
     assert given == [16, 16, 16]

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,9 +84,10 @@ def training(monkeypatch, tmp_path):
         def __exit__(self, *args):
             pass
 
-        def submit(self, function, config, checkpoint, picture):
-            picture.write_bytes(b'')
-            return type('Done', (), dict(result=lambda self: None))()
+        def submit(self, function, config, checkpoint, file, *arguments, **options):
+            assert Path(config).is_file() and Path(checkpoint).is_file()
+            file.write_bytes(b'')
+            return type('Done', (), dict(result=lambda self: ['exported']))()
 
     monkeypatch.setattr(demo, 'export_photo_digits', export)
     monkeypatch.setattr(demo, 'ProcessPoolExecutor', Inline)
@@ -102,6 +104,25 @@ def test_summary_and_order(training, tmp_path):
     assert all(summary[task]['seconds'] >= 0 for task in METRICS)
     assert {'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'soft_mm'} <= summary['versions'].keys()
     assert (tmp_path / 'demo/loss_curves.png').stat().st_size > 1000
+
+
+def test_models_are_exported(training, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, 'import_extra', lambda *names: None)
+    demo.run_demo('demo')
+    assert sorted(file.name for file in (tmp_path / 'demo').glob('*.onnx')) == [
+        'classification.onnx',
+        'segmentation.onnx',
+    ]
+    assert 'ONNX files: demo/classification.onnx, demo/segmentation.onnx' in capsys.readouterr().out.replace('\n', ' ')
+    demo.run_demo('scratch', from_scratch=True)
+    assert not list((tmp_path / 'scratch').glob('*.onnx'))
+
+
+def test_missing_packages_of_the_export_are_named(training, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    demo.run_demo('demo')
+    assert not list((tmp_path / 'demo').glob('*.onnx'))
+    assert 'No ONNX files: onnx' in capsys.readouterr().out
 
 
 def test_finished_trainings_are_not_repeated(training):

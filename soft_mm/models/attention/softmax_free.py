@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from soft_mm import ops
 from soft_mm.ops.attention import check_solver
 from soft_mm.ops.checks import check_bool, check_choice, check_integer, is_integer
+from soft_mm.ops.recording import has_dynamic_side, needs_standard_operators
 from soft_mm.registry import MODELS
 
 from .base import InitCfg, LocalBranch, SharedQKAttention, patch_sides
@@ -132,10 +133,13 @@ class SoftmaxFreeAttention(SharedQKAttention):
         Returns:
             Tensor: ``(B, h, n, d)``.
         """
-        landmarks, pool_factor = self.landmarks(q, grid)
-        return ops.blockwise_attention(q, landmarks, v, *self.middle(landmarks, pool_factor))
+        landmarks, pool_factor, present = self.landmarks(q, grid)
+        matrix, inverted = self.middle(landmarks, pool_factor, present)
+        if present is not None:
+            return ops.whole_attention(q, landmarks, v, matrix, inverted, present)
+        return ops.blockwise_attention(q, landmarks, v, matrix, inverted)
 
-    def landmarks(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float]:
+    def landmarks(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float | Tensor, Tensor | None]:
         """Sample landmarks.
 
         Args:
@@ -143,27 +147,45 @@ class SoftmaxFreeAttention(SharedQKAttention):
             grid (tuple[int, int]): ``(H, W)``, or ``(1, n)`` for a sequence.
 
         Returns:
-            tuple[Tensor, float]: Landmarks ``(B, h, m, d)``, and the pool factor ``M / m``, where ``M`` is the number
-            of landmarks without a bound.
+            tuple[Tensor, float | Tensor, Tensor | None]: Landmarks ``(B, h, m, d)``; the pool factor ``M / m``, where
+            ``M`` is the number of landmarks without a bound; and None. In an export with variable sides, the third item
+            is the mask of :func:`soft_mm.ops.pool_to_slots`.
+
+        Raises:
+            NotImplementedError: If random landmarks are exported or traced.
         """
         if self.sampler == 'conv':
             sampled, sampled_grid = self.landmark(q, grid)
-            return ops.pool_landmarks(self.landmark_norm(sampled), sampled_grid, self.max_landmarks)
+            return self._bound(self.landmark_norm(sampled), sampled_grid)
         sampled_grid = tuple(max(side // r, 1) for side, r in zip(grid, patch_sides(self.ratio, self.grid_dims)))
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         if self.sampler == 'mean':
-            return ops.pool_landmarks(ops.mean_landmarks(wide, grid, sampled_grid), sampled_grid, self.max_landmarks)
+            return self._bound(ops.mean_landmarks(wide, grid, sampled_grid), sampled_grid)
+        if needs_standard_operators():
+            raise NotImplementedError(
+                "sampler='random' cannot be exported, traced or transformed, because it draws landmarks in Python: set "
+                "sampler='conv' or sampler='mean'"
+            )
         unbounded = sampled_grid[0] * sampled_grid[1]
         count = unbounded if self.max_landmarks is None else min(unbounded, self.max_landmarks)
         generator = None if self.training else torch.Generator().manual_seed(self.seed)
-        return ops.random_landmarks(wide, count, generator), unbounded / count
+        return ops.random_landmarks(wide, count, generator), unbounded / count, None
 
-    def middle(self, landmarks: Tensor, pool_factor: float) -> tuple[Tensor, bool]:
+    def _bound(self, landmarks: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float | Tensor, Tensor | None]:
+        """Pool landmarks to at most ``max_landmarks``, see :meth:`landmarks`."""
+        if self.max_landmarks is not None and has_dynamic_side(grid):
+            return ops.pool_to_slots(landmarks, grid, self.max_landmarks)
+        return *ops.pool_landmarks(landmarks, grid, self.max_landmarks), None
+
+    def middle(
+        self, landmarks: Tensor, pool_factor: float | Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, bool]:
         """Compute the matrix ``M`` or its inverse, see :func:`soft_mm.ops.middle_matrix`.
 
         Args:
             landmarks (Tensor): ``(B, h, m, d)``.
-            pool_factor (float): See :meth:`landmarks`.
+            pool_factor (float | Tensor): See :meth:`landmarks`.
+            present (Tensor | None): See :meth:`landmarks`. Defaults to None.
 
         Returns:
             tuple[Tensor, bool]: Matrix ``(B, h, m, m)``, and whether it is the inverse of ``M``.
@@ -177,6 +199,7 @@ class SoftmaxFreeAttention(SharedQKAttention):
             ridge=self.ridge,
             # Pooling k landmarks to one divides the row sums of A by k.
             degree_scale=pool_factor,
+            present=present,
         )
 
     def extra_repr(self) -> str:

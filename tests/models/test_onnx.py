@@ -1,0 +1,89 @@
+"""ONNX files of the backbone, written by somebody who knows only ``torch.onnx``: right, or an error."""
+
+import contextlib
+import io
+import logging
+
+import pytest
+import torch
+from exports import ATTENTIONS, SIZE, build, image, largest_error, slow
+
+from soft_mm import ops
+from soft_mm.ops.inverse import converged_newton_inverse, iterations_to_converge
+
+onnxruntime = pytest.importorskip('onnxruntime', reason='requirements/openmmlab.txt has no onnxruntime')
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch before 2.7 does not tell an export from a compilation'
+)
+
+
+@contextlib.contextmanager
+def quiet():
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+    logging.disable(logging.NOTSET)
+
+
+def session(model):
+    """Return the ONNX model as a function from a tensor to tensors."""
+    runtime = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
+    (given,) = runtime.get_inputs()
+    return lambda x: [torch.from_numpy(output) for output in runtime.run(None, {given.name: x.numpy()})]
+
+
+def check(function, model, x):
+    """Compare float32 of onnxruntime and of PyTorch with float64, because some attentions are ill-conditioned."""
+    exact = model.double()
+    with torch.no_grad():
+        expected = exact(x.double())
+    rounding = largest_error(lambda x: model.float()(x), lambda _: expected, x)
+    assert largest_error(function, lambda _: expected, x) < max(1e-4, 3 * rounding)
+
+
+@pytest.mark.parametrize('name', ATTENTIONS)
+def test_exporter_of_today(name):
+    model, x = build(ATTENTIONS[name]).float(), image().float()
+    with quiet(), torch.no_grad():
+        if name == 'svd':
+            with pytest.raises(torch.onnx.errors.OnnxExporterError):
+                torch.onnx.export(model, (x,), dynamo=True)
+            return
+        program = torch.onnx.export(model, (x,), dynamo=True)
+    check(session(program.model_proto.SerializeToString()), model, x)
+
+
+@pytest.mark.parametrize('name', ATTENTIONS)
+def test_exporter_of_torchscript(name):
+    model, x, file = build(ATTENTIONS[name]).float(), image().float(), io.BytesIO()
+    with quiet(), torch.no_grad():
+        try:
+            torch.onnx.export(model, (x,), file, dynamo=False)
+        except torch.onnx.errors.OnnxExporterError:
+            assert name in ('svd', 'Linformer')
+            return
+    check(session(file.getvalue()), model, x)
+
+
+@pytest.mark.parametrize('name', ['newton', slow('newton normalized'), slow('cholesky'), 'cholesky normalized'])
+def test_every_batch_and_size(name):
+    model, x = build(ATTENTIONS[name]).float(), image().float()
+    dims = {0: 'batch', 2: 'height', 3: 'width'}
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=(dims,))
+    function = session(program.model_proto.SerializeToString())
+    for batch, size in ((2, SIZE), (1, (64, 64)), (3, (160, 96)), (1, (65, 401))):
+        check(function, model, image(batch, size).float())
+
+
+@pytest.mark.parametrize('count', [1, 7, 49, 196])
+@pytest.mark.parametrize('spread', [0.01, 0.3, 1.0, 5.0])
+def test_iterations_converge_to_the_inverse(count, spread):
+    """On flat landmarks, whose kernel is almost all ones, and on sharp ones, whose kernel is almost the identity."""
+    torch.manual_seed(0)
+    landmarks = spread * torch.randn(2, 3, count, 32)
+    landmarks -= landmarks.mean(-2, keepdim=True)
+    matrix = ops.gaussian_kernel(landmarks, landmarks) + 0.01 * torch.eye(count)
+    exact = torch.linalg.inv(matrix.double())
+    inverse = converged_newton_inverse(matrix, 0.01, iterations_to_converge(count, 0.01))
+    assert (inverse - exact).abs().max() / exact.abs().max() < 1e-4
