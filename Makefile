@@ -46,7 +46,7 @@ env: python ## make .venv/ (takes 10 to 15 minutes the first time on a machine)
 		requirements/maintained.txt
 
 requirements: env ## resolve requirements/*.in again, keeping the pinned versions where they fit
-	for stack in maintained openmmlab; do UV_CUSTOM_COMPILE_COMMAND='make requirements' .venv/bin/uv pip compile -q \
+	for stack in maintained openmmlab gpu; do UV_CUSTOM_COMPILE_COMMAND='make requirements' .venv/bin/uv pip compile -q \
 		--universal --fork-strategy fewest --python-version 3.10 --generate-hashes \
 		requirements/$$stack.in -o requirements/$$stack.txt || exit; done
 

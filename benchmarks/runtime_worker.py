@@ -8,56 +8,51 @@ import functools
 import json
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from soft_mm.export import photographs
+from soft_mm.export import export_onnx, photographs, quiet
+from soft_mm.image_models import image_model
+from soft_mm.inference import find_images, load_model
+from soft_mm.utils import read_config
 
 from .targets import Target, build_backbone
 from .worker import MMAP_THRESHOLD, measure_times, reset_peak, status_bytes
 
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32).reshape(3, 1, 1)
 _STD = np.array([58.395, 57.12, 57.375], np.float32).reshape(3, 1, 1)
-_CALIBRATION_IMAGES = 8
 
 
-def normalized_photographs(count, size):
-    """Return photographs ``(count, 3, H, W)`` of the size ``(H, W)``, normalised as for ImageNet."""
-    return ((photographs((), count, size) - _MEAN) / _STD).astype(np.float32)
-
-
-def eager(model, x, folder):
+def in_pytorch(model, x, calibration, folder):
     """PyTorch without compilation, in float32."""
-    return functools.partial(model, torch.from_numpy(x)), None
+    return lambda images: model(torch.from_numpy(images)), None
 
 
-def compiled(model, x, folder):
+def compiled(model, x, calibration, folder):
     """``torch.compile`` with its defaults."""
-    return functools.partial(torch.compile(model, fullgraph=True), torch.from_numpy(x)), None
+    return in_pytorch(torch.compile(model, fullgraph=True), x, calibration, folder)
 
 
-def bfloat16(model, x, folder):
+def bfloat16(model, x, calibration, folder):
     """Autocast to bfloat16."""
-    image = torch.from_numpy(x)
 
-    def step():
+    def run(images):
         with torch.autocast('cpu', torch.bfloat16):
-            return model(image)
+            return model(torch.from_numpy(images))
 
-    return step, None
+    return run, None
 
 
-def dynamic_int8(model, x, folder):
+def dynamic_int8(model, x, calibration, folder):
     """Linear layers in int8, with scales computed in each pass."""
     quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
-    return functools.partial(quantized, torch.from_numpy(x)), None
+    return in_pytorch(quantized, x, calibration, folder)
 
 
 def _to_onnx(model, x, folder):
-    from soft_mm.export import quiet
-
     file = Path(folder, 'model.onnx')
     with quiet():
         program = torch.onnx.export(model, (torch.from_numpy(x),), dynamo=True, input_names=['image'])
@@ -65,29 +60,29 @@ def _to_onnx(model, x, folder):
     return file
 
 
-def _session(file, x):
+def _session(file):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
-    return functools.partial(session.run, None, {'image': x})
+    return lambda images: session.run(None, {'image': images})
 
 
-def onnxruntime_float32(model, x, folder):
+def onnxruntime_float32(model, x, calibration, folder):
     """Float32 in onnxruntime."""
     file = _to_onnx(model, x, folder)
-    return _session(file, x), file
+    return _session(file), file
 
 
-def onnxruntime_int8(model, x, folder):
-    """Static int8 of onnxruntime, calibrated on photographs."""
+def onnxruntime_int8(model, x, calibration, folder):
+    """Static int8 of onnxruntime for convolutions and products with weights, calibrated on images."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.images = iter(_calibration(x.shape))
+            self.images = iter(calibration)
 
         def get_next(self):
             image = next(self.images, None)
@@ -95,13 +90,16 @@ def onnxruntime_int8(model, x, folder):
 
     source, prepared, file = _to_onnx(model, x, folder), Path(folder, 'prepared.onnx'), Path(folder, 'int8.onnx')
     quant_pre_process(source, prepared, skip_symbolic_shape=True)
-    quantize_static(prepared, file, Reader(), op_types_to_quantize=['Conv', 'Gemm', 'MatMul'], per_channel=True)
-    return _session(file, x), file
-
-
-def _calibration(shape):
-    images = normalized_photographs(shape[0] * max(_CALIBRATION_IMAGES // shape[0], 1), shape[2:])
-    return np.split(images, len(images) // shape[0])
+    # Products of two activations, among them those of the kernel matrix, stay in float32.
+    quantize_static(
+        prepared,
+        file,
+        Reader(),
+        op_types_to_quantize=['Conv', 'Gemm', 'MatMul'],
+        per_channel=True,
+        extra_options=dict(MatMulConstBOnly=True),
+    )
+    return _session(file), file
 
 
 def _openvino(model, x, folder, precision, convert=lambda converted: converted):
@@ -114,31 +112,31 @@ def _openvino(model, x, folder, precision, convert=lambda converted: converted):
     openvino.save_model(converted, file, compress_to_fp16=False)
     settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
     request = core.compile_model(core.read_model(file), 'CPU', settings).create_infer_request()
-    return lambda: list(request.infer([x], share_inputs=True).values()), file.with_suffix('.bin')
+    return lambda images: list(request.infer([images], share_inputs=True).values()), file.with_suffix('.bin')
 
 
-def openvino_float32(model, x, folder):
+def openvino_float32(model, x, calibration, folder):
     """Float32 in OpenVINO."""
     return _openvino(model, x, folder, 'f32')
 
 
-def openvino_bfloat16(model, x, folder):
+def openvino_bfloat16(model, x, calibration, folder):
     """Bfloat16 in OpenVINO."""
     return _openvino(model, x, folder, 'bf16')
 
 
-def openvino_int8(model, x, folder):
-    """Int8 in OpenVINO, quantised by NNCF on photographs."""
+def openvino_int8(model, x, calibration, folder):
+    """Int8 in OpenVINO, quantised by NNCF on images."""
     import nncf
 
     def quantize(converted):
-        return nncf.quantize(converted, nncf.Dataset(_calibration(x.shape)), model_type=nncf.ModelType.TRANSFORMER)
+        return nncf.quantize(converted, nncf.Dataset(calibration), model_type=nncf.ModelType.TRANSFORMER)
 
     return _openvino(model, x, folder, 'f32', quantize)
 
 
 BUILDERS = {
-    'eager': eager,
+    'eager': in_pytorch,
     'compile': compiled,
     'bfloat16': bfloat16,
     'dynamic-int8': dynamic_int8,
@@ -150,6 +148,19 @@ BUILDERS = {
 }
 
 
+def _model_and_images(request):
+    """Return the model, and one more image than are needed to calibrate it, in the form that it takes."""
+    batch, *size = request['shape']
+    files = find_images(request['images']) if request['images'] else ()
+    # The last batch is for the measurement.
+    images = photographs(files, batch * (max(request['calibration'] // batch, 1) + 1), size)
+    if 'config' in request:
+        model = image_model(load_model(request['config'], request['checkpoint'])).eval()
+        return model, images.astype(np.float32)
+    model, _, _ = build_backbone(Target(**request['target']), size, batch, train=False, device='cpu')
+    return model, ((images - _MEAN) / _STD).astype(np.float32)
+
+
 @torch.no_grad()
 def measure(request):
     """Measure a runtime and eager alternately.
@@ -159,32 +170,69 @@ def measure(request):
 
     Returns:
         dict: ``seconds`` and ``eager_seconds``, one entry per repeat; ``bytes``, the peak of a step minus the memory
-        before it; ``file_bytes``, or None; ``difference``, the largest of an output, relative to its largest entry.
+        before it; ``file_bytes``, or None; ``difference``, the largest of an output, relative to its largest entry; and
+        with ``metric`` in the request its value on the test data.
     """
     torch.manual_seed(0)
-    batch, *size = request['shape']
-    model, _, _ = build_backbone(Target(**request['target']), size, batch, train=False, device='cpu')
-    x = normalized_photographs(batch, size)
+    model, images = _model_and_images(request)
+    *calibration, x = np.split(images, len(images) // request['shape'][0])
     # Then the allocators keep no large freed blocks, and resident memory is the memory in use.
     ctypes.CDLL(None).mallopt(*MMAP_THRESHOLD)
     with tempfile.TemporaryDirectory() as folder:
-        step, file = BUILDERS[request['runtime']](model, x, folder)
+        run, file = BUILDERS[request['runtime']](model, x, calibration, folder)
         size = file.stat().st_size if file else None
-        difference = largest_difference(step(), model(torch.from_numpy(x)))
+        reference, _ = in_pytorch(model, x, calibration, folder)
+        difference = largest_difference(run(x), reference(x))
         ctypes.CDLL(None).malloc_trim(0)
         reset_peak()
         before = status_bytes('VmRSS')
-        step()
+        run(x)
         peak = max(status_bytes('VmHWM') - before, 0)
-        reference, _ = eager(model, x, folder)
-        times = measure_times([step, reference], request['repeats'], request['seconds'], torch.device('cpu'))
+        steps = [functools.partial(function, x) for function in (run, reference)]
+        times = measure_times(steps, request['repeats'], request['seconds'], torch.device('cpu'))
+        metric = evaluate(request, run, folder) if request.get('metric') else None
     return dict(
         seconds=times['seconds'],
         eager_seconds=times['peer_seconds'],
         bytes=peak,
         file_bytes=size,
         difference=difference,
+        metric=metric,
     )
+
+
+def evaluate(request, run, folder):
+    """Evaluate a runtime on the test data of a config.
+
+    Args:
+        request (dict): See :func:`benchmarks.runtimes.measure_runtime`.
+        run (Callable): Function from images to outputs.
+        folder (str): Folder for the files of the runner.
+
+    Returns:
+        float: The metric.
+
+    Raises:
+        ValueError: If the config has no metric of this name.
+    """
+    from mmengine.runner import Runner
+
+    cfg, file = read_config(request['config']), Path(folder, 'metadata.onnx')
+    export_onnx(request['config'], request['checkpoint'], file, request['shape'][1:], check=False)
+    cfg.merge_from_dict(dict(model=dict(_delete_=True, type='OnnxTestModel', file=str(file)), work_dir=folder))
+    cfg.load_from, cfg.log_level = None, 'ERROR'
+    runner = Runner.from_cfg(cfg)
+    # The file gives the classes and the form of the outputs. The runtime computes them.
+    runner.model.onnx.session = types.SimpleNamespace(run=lambda _, inputs: _arrays(run(inputs['image'])))
+    metrics = runner.test()
+    if request['metric'] not in metrics:
+        raise ValueError(f'metric {request["metric"]!r}: the config computes {", ".join(metrics)}')
+    return float(metrics[request['metric']])
+
+
+def _arrays(outputs):
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    return [torch.as_tensor(output).numpy() for output in outputs]
 
 
 def largest_difference(found, expected):
@@ -192,13 +240,13 @@ def largest_difference(found, expected):
 
     Args:
         found (Sequence): Outputs of a runtime, arrays or tensors.
-        expected (Sequence[Tensor]): Outputs of eager.
+        expected (Sequence): Outputs of eager.
 
     Returns:
         float: The difference.
     """
-    pairs = zip((torch.as_tensor(output).float() for output in found), expected, strict=True)
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    pairs = zip(_arrays(found), _arrays(expected), strict=True)
+    return max(float(np.abs(a.astype(np.float64) - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
 def main():
@@ -207,7 +255,7 @@ def main():
     answer_file, sys.stdout = sys.stdout, sys.stderr
     try:
         answer = measure(request)
-    except (ModuleNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         answer = dict(error=str(error).splitlines()[0])
     print(json.dumps(answer), file=answer_file)
 
