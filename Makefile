@@ -1,7 +1,7 @@
 # All targets need Python 3.10 to 3.12 and a C++ compiler. Everything else is installed into .venv/.
 .DEFAULT_GOAL := help
 .PHONY: help python env demo requirements demo demo-scratch experiments landmarks test \
-	test-long test-openmmlab lint docs clean-env
+	test-long test-gpu test-openmmlab lint docs clean-env
 
 # The interpreter of an existing .venv/ is tried first, so that a newer python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -75,6 +75,17 @@ test: env ## run the tests
 test-long: env ## run the tests that take minutes each
 	.venv/bin/python -m pytest -m long
 
+test-gpu: python ## run the tests and measurements that need a CUDA GPU, in .venv-gpu/ without the toolboxes
+	@nvidia-smi -L >/dev/null 2>&1 || { echo 'make test-gpu needs a CUDA GPU, and nvidia-smi finds none.' >&2; exit 1; }
+	@test -x .venv-gpu/bin/uv || { '$(PYTHON)' -m venv --clear .venv-gpu \
+		&& .venv-gpu/bin/python -m pip install -q uv==$(UV_VERSION); }
+	@.venv-gpu/bin/uv pip sync -q --no-python-downloads --python .venv-gpu requirements/gpu.txt
+	.venv-gpu/bin/python -m pytest -m gpu tests/gpu
+	.venv-gpu/bin/python -m benchmarks soft-tiny timm-resnet-50 --peer timm-swin-tiny --sizes 224 800x1344 \
+		--batch-size 8 --device cuda
+	.venv-gpu/bin/python -m benchmarks soft-tiny timm-resnet-50 --peer timm-swin-tiny --sizes 224 800x1344 \
+		--batch-size 8 --device cuda --train
+
 # mmcv 2.1 is compiled with these packages of the environment. The version of torch is a part of the wheel's key in the cache.
 BUILD_OF_OPENMMLAB := $(shell grep -E '^(torch|setuptools|ninja)==' requirements/openmmlab.in)
 
@@ -96,5 +107,5 @@ lint: env ## run ruff, mypy and the checks of the workflow and the form
 docs: env ## build the documentation site in site/
 	.venv/bin/python -m mkdocs build --strict
 
-clean-env: ## remove .venv/ and .venv-openmmlab/; the packages stay in uv's cache
-	rm -rf .venv .venv-openmmlab
+clean-env: ## remove .venv/, .venv-openmmlab/ and .venv-gpu/; the packages stay in uv's cache
+	rm -rf .venv .venv-openmmlab .venv-gpu

@@ -1,11 +1,12 @@
-"""Runtimes of a backbone: PyTorch eager, compiled, in bfloat16 and int8, onnxruntime and OpenVINO.
+"""Runtimes: PyTorch eager, compiled, in bfloat16 and int8, onnxruntime and OpenVINO, for backbones or a trained model.
 
 ``python -m benchmarks.runtimes`` measures each runtime and eager alternately, in a separate process per runtime. It
-prints time, peak memory, file size and the largest difference to eager.
+prints time, peak memory, file size, the largest difference to eager and, for a trained model, its metric.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,29 +34,29 @@ RUNTIMES = (
 )
 
 
-def measure_runtime(target, runtime, shape, repeats, seconds):
+def measure_runtime(name, request):
     """Measure a runtime and eager alternately, in a new process.
 
     Args:
-        target (Target): Backbone.
-        runtime (str): One of :data:`RUNTIMES`.
-        shape (tuple[int, int, int]): Number of images, height and width.
-        repeats (int): Largest number of measurements.
-        seconds (float): Time in seconds after which no further measurement starts.
+        name (str): Name of the target for the table.
+        request (dict): ``target`` (fields of a :class:`~benchmarks.targets.Target`), or ``config``, ``checkpoint`` and
+            ``metric`` (a key of the config's metrics, or None); ``runtime``, one of :data:`RUNTIMES`; ``shape``: number
+            of images, height and width; ``images``: file or folder of images, or None for a photograph of matplotlib;
+            ``calibration``: number of images to calibrate int8; ``repeats`` and ``seconds``: limits of the time.
 
     Returns:
         dict: ``target``, ``runtime``, ``shape``, and either ``error`` or ``seconds``, ``eager_seconds`` and ``ratio``
-        (each with ``median``, ``low`` and ``high``), ``bytes``, ``file_bytes`` and ``difference``.
+        (each with ``median``, ``low`` and ``high``), ``bytes``, ``file_bytes``, ``difference`` and ``metric``.
     """
-    request = dict(target=asdict(target), runtime=runtime, shape=shape, repeats=repeats, seconds=seconds)
     done = subprocess.run(
         [sys.executable, '-m', 'benchmarks.runtime_worker'],
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        # Relative paths of a config and its data belong to the current folder.
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])),
     )
-    row = dict(target=target.name, runtime=runtime, shape=list(shape))
+    row = dict(target=name, runtime=request['runtime'], shape=list(request['shape']))
     if done.returncode:
         return row | dict(error=(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1])
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -66,22 +67,24 @@ def measure_runtime(target, runtime, shape, repeats, seconds):
     return row | answer | dict(ratio=summarise([a / b for a, b in zip(own, eager)]))
 
 
-def runtime_table(rows):
-    """Arrange rows as a table.
+def runtime_tables(rows):
+    """Arrange rows as a table, and those that failed as another.
 
     Args:
         rows (list[dict]): Rows of :func:`measure_runtime`.
 
     Returns:
-        Table: One line per row.
+        list[Table]: The tables that have a row.
     """
-    table = Table('target', 'input', 'runtime', 'ms', 'to eager', 'quartiles', 'MiB', 'file MiB', 'difference')
+    heads = ('target', 'input', 'runtime')
+    table = Table(*heads, 'ms', 'to eager', 'quartiles', 'MiB', 'file MiB', 'difference', 'metric')
+    failed = Table(*heads, 'error')
     for row in rows:
         head = (escape(row['target']), 'x'.join(map(str, row['shape'])), row['runtime'])
         if 'error' in row:
-            table.add_row(*head, escape(row['error']))
+            failed.add_row(*head, escape(row['error']))
             continue
-        ratio, size = row['ratio'], row['file_bytes']
+        ratio, size, metric = row['ratio'], row['file_bytes'], row['metric']
         table.add_row(
             *head,
             f'{row["seconds"]["median"] * 1e3:.1f}',
@@ -90,8 +93,9 @@ def runtime_table(rows):
             f'{row["bytes"] / 2**20:.0f}',
             f'{size / 2**20:.1f}' if size else '',
             f'{row["difference"]:.1e}',
+            '' if metric is None else f'{metric:.4f}',
         )
-    return table
+    return [part for part in (table, failed) if part.row_count]
 
 
 def _shape(text):
@@ -101,30 +105,50 @@ def _shape(text):
     return tuple(map(int, match.groups()))
 
 
+def _requests(parser, args):
+    """Yield the name of each target and what the worker must know about it."""
+    if bool(args.targets) == bool(args.model):
+        parser.error('expected backbones, or --model CONFIG CHECKPOINT')
+    if args.metric and not args.model:
+        parser.error('--metric needs --model CONFIG CHECKPOINT')
+    if args.model:
+        config, checkpoint = args.model
+        yield Path(config).stem, dict(config=config, checkpoint=checkpoint, metric=args.metric)
+    for name in args.targets:
+        try:
+            yield name, dict(target=asdict(parse_target(name)))
+        except ValueError as error:
+            parser.error(str(error))
+
+
 def main():
     parser = argparse.ArgumentParser(prog='python -m benchmarks.runtimes', description=__doc__.split('\n')[0])
-    parser.add_argument('targets', nargs='+', metavar='TARGET', help=f'backbone, such as {", ".join(BACKBONES)}')
+    parser.add_argument('targets', nargs='*', metavar='TARGET', help=f'backbone, such as {", ".join(BACKBONES)}')
+    parser.add_argument('--model', nargs=2, metavar=('CONFIG', 'CHECKPOINT'), help='a trained model, from images')
+    parser.add_argument('--metric', metavar='KEY', help='metric of the config to compute, such as accuracy/top1')
     parser.add_argument(
         '--inputs', type=_shape, nargs='+', required=True, metavar='NxHxW', help='images, height and width in pixels'
     )
     parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, default=RUNTIMES, metavar='RUNTIME')
+    parser.add_argument(
+        '--images', metavar='FOLDER', help='images to measure and calibrate with (default: one photograph)'
+    )
+    parser.add_argument('--calibration', type=int, default=8, help='images to calibrate int8 (default: %(default)s)')
     parser.add_argument('--repeats', type=int, default=15, help='measurements of each runtime (default: %(default)s)')
     parser.add_argument(
         '--seconds', type=float, default=20.0, help='start no measurement after this time (default: %(default)s)'
     )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows as JSON')
     args = parser.parse_args()
-    try:
-        targets = [parse_target(name) for name in args.targets]
-    except ValueError as error:
-        parser.error(str(error))
-    rows = []
+    targets, rows = list(_requests(parser, args)), []
+    settings = {key: getattr(args, key) for key in ('images', 'calibration', 'repeats', 'seconds')}
     for shape in args.inputs:
-        for target in targets:
+        for name, target in targets:
             for runtime in args.runtimes:
-                rows.append(measure_runtime(target, runtime, shape, args.repeats, args.seconds))
-                print(f'{target.name} {shape} {runtime}: {rows[-1].get("error", "done")}', file=sys.stderr)
-    Console(width=None if sys.stdout.isatty() else 150).print(runtime_table(rows))
+                rows.append(measure_runtime(name, dict(settings, **target, runtime=runtime, shape=shape)))
+                print(f'{name} {shape} {runtime}: {rows[-1].get("error", "done")}', file=sys.stderr)
+    for table in runtime_tables(rows):
+        Console(width=None if sys.stdout.isatty() else 150).print(table)
     if args.json:
         args.json.write_text(json.dumps(dict(machine=machine('cpu'), rows=rows), indent=2) + '\n')
 

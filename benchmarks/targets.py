@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from torch import nn
 
 from soft_mm.complexity import encodes_sequences, random_input
 from soft_mm.models.attention import build_attention
+from soft_mm.registry import MODELS as SOFT_MODELS
 from soft_mm.utils import read_config, toolbox_scope
 
 from .ablations import ABLATIONS, EVALUATION_ONLY, OPERATOR_ABLATIONS, REPLACEMENTS, ablate_attention
@@ -33,6 +35,11 @@ BACKBONES = {
     'twins-pcpvt-small': dict(type='mmpretrain.PCPVT', arch='small', out_indices=(0, 1, 2, 3)),
     'twins-svt-small': dict(type='mmpretrain.SVT', arch='small', out_indices=(0, 1, 2, 3)),
     'deit-tiny': dict(type='mmpretrain.VisionTransformer', arch='deit-tiny', out_type='featmap'),
+    # `make test-gpu` has no toolbox.
+    'timm-swin-tiny': dict(
+        type='soft_mm.TimmBackbone', name='swin_tiny_patch4_window7_224', options=dict(strict_img_size=False)
+    ),
+    'timm-resnet-50': dict(type='soft_mm.TimmBackbone', name='resnet50'),
 }
 #: Short names of operators, with configs for :func:`~soft_mm.models.attention.build_attention`.
 OPERATORS = {
@@ -53,6 +60,25 @@ OPERATORS = {
     # A sweep should show its quadratic cost, so the limit is larger than any number of tokens in a sweep.
     'attn-gaussian': dict(type='GaussianKernelAttention', max_tokens=2**20),
 }
+
+
+@SOFT_MODELS.register_module()
+class TimmBackbone(nn.Module):
+    """Backbone of timm without pretrained weights, for images of any size.
+
+    Args:
+        name (str): Name of the model in timm.
+        options (dict | None): Further arguments of ``timm.create_model``. Defaults to None.
+    """
+
+    def __init__(self, name, options=None):
+        super().__init__()
+        timm = importlib.import_module('timm')
+        self.model = timm.create_model(name, features_only=True, **(options or {}))
+
+    def forward(self, x):
+        """Compute the feature maps of images ``(N, 3, H, W)``."""
+        return tuple(self.model(x))
 
 
 @dataclass(frozen=True)
@@ -287,9 +313,9 @@ def build_backbone(target, size, batch_size, train, device):
                 )
             model = registry.build(dict(target.config, type=kind)).to(device)
     except ModuleNotFoundError as error:
-        if error.name not in (scope, f'{scope}.models'):
+        if error.name not in (scope, f'{scope}.models', 'timm'):
             raise
-        raise ValueError(f'{target.name!r} needs {scope}, which is not installed; install it first') from None
+        raise ValueError(f'{target.name!r} needs {error.name.split(".")[0]}, which is not installed') from None
     # Not chained, because train() of some backbones returns None.
     model.train(train)
     if target.replacement:

@@ -29,6 +29,8 @@ class ImageModel(nn.Module):
     """
 
     task: str
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -330,11 +332,12 @@ def image_model(model: Any) -> ImageModel:
     if kind == 'EncoderDecoder' and model.test_cfg.mode == 'whole' and model.out_channels > 1:
         if (model.data_preprocessor.test_cfg or {}).get('size') is None:
             return Segmentation(model)
-    if kind == 'RetinaNet' and head == 'RetinaHead' and head_is_plain(model.bbox_head):
+    if kind == 'RetinaNet' and head == 'RetinaHead' and head_is_plain(model.bbox_head, model.bbox_head.test_cfg):
         return Detection(model)
     if kind in ('FasterRCNN', 'MaskRCNN') and type(model.roi_head).__name__ == 'StandardRoIHead':
-        heads = model.rpn_head, model.roi_head.bbox_head
-        if not model.roi_head.with_shared_head and all(map(head_is_plain, heads)):
+        rpn, roi = model.rpn_head, model.roi_head
+        plain = head_is_plain(rpn, rpn.test_cfg) and head_is_plain(roi.bbox_head, roi.test_cfg)
+        if plain and not roi.with_shared_head:
             return Instances(model)
     raise ValueError(
         f'a {kind} of this form cannot be exported: supported are ImageClassifier with a linear head, EncoderDecoder '
@@ -343,13 +346,17 @@ def image_model(model: Any) -> ImageModel:
     )
 
 
-def head_is_plain(head: Any) -> bool:
-    """Return whether boxes are coded as offsets and sizes, and suppressed without soft scores.
+def head_is_plain(head: Any, cfg: Any) -> bool:
+    """Return whether :func:`decode` and :func:`best_boxes` compute what a head does.
 
     Args:
         head (nn.Module): Dense head or box head of mmdet.
+        cfg (ConfigDict): Its ``test_cfg``.
 
     Returns:
-        bool: True if :func:`decode` and :func:`best_boxes` compute what the head does.
+        bool: True if boxes are coded as offsets and sizes, the number of candidates is bounded, and overlapping boxes
+            of the same class are removed, not given lower scores.
     """
-    return type(head.bbox_coder).__name__ == 'DeltaXYWHBBoxCoder' and not getattr(head, 'custom_cls_channels', False)
+    coded = type(head.bbox_coder).__name__ == 'DeltaXYWHBBoxCoder' and not getattr(head, 'custom_cls_channels', False)
+    suppression = cfg.nms.get('type', 'nms') == 'nms' and not cfg.nms.get('class_agnostic', False)
+    return coded and suppression and cfg.get('nms_pre', 1) > 0

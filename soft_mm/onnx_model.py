@@ -247,7 +247,11 @@ def _visualizer(model: OnnxModel) -> Any:
     if model.task == 'segmentation':
         from mmseg.visualization import SegLocalVisualizer
 
-        return SegLocalVisualizer(classes=model.classes, palette=model.palette)
+        visualizer = SegLocalVisualizer()
+        # A data set without a palette has random colours in mmsegmentation too.
+        palette = model.palette or np.random.RandomState(42).randint(0, 256, (len(model.classes), 3)).tolist()
+        visualizer.dataset_meta = dict(classes=model.classes, palette=palette)
+        return visualizer
     from mmdet.visualization import DetLocalVisualizer
 
     visualizer = DetLocalVisualizer()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -68,6 +69,8 @@ def trained(tmp_path_factory):
                     parameter.add_(0.1 * torch.randn_like(parameter))
                 elif key.endswith(('fc_cls.weight', 'fc_reg.weight', 'retina_reg.weight')):
                     parameter.mul_(20)
+                elif key.endswith('head.fc.weight'):
+                    parameter.mul_(5)
                 elif key.endswith('retina_cls.weight'):
                     parameter.mul_(3)
                 elif key.endswith('conv_seg.weight'):
@@ -134,7 +137,7 @@ def test_predictions_of_a_file_are_drawn(segmentor, tmp_path, monkeypatch, capsy
 
 def test_metadata_describe_the_file(segmentor):
     model = OnnxModel(segmentor)
-    assert (model.task, model.shape, model.dtype) == ('segmentation', (1, 96, 140), 'uint8')
+    assert (model.task, model.shape, model.dtype) == ('segmentation', (1, 96, 140), np.uint8)
     assert model.classes[:2] == ['wall', 'building'] and len(model.palette) == 150
     assert model.mean == pytest.approx([123.675, 116.28, 103.53])
     with pytest.raises(ValueError, match='takes images x height x width = 1x96x140, not 1x96x141'):

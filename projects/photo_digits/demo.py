@@ -82,25 +82,24 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
         picture = work_dir / f'{task.name}.png'
         # mmengine shares visualizers of the same name within a process, so each toolbox draws in a separate process.
         _in_new_process(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture)
-    files = [] if from_scratch else _export(work_dir, console)
     summary['versions'] = _versions()
     path = work_dir / 'summary.json'
     write_json(path, summary)
     _print_summary(summary, console)
     console.print(f'Results: {path}; pictures in the same folder: loss_curves.png, detection.png, segmentation.png')
-    if files:
-        console.print(f'ONNX files: {", ".join(map(str, files))}')
+    if not from_scratch:
+        _export(work_dir, console)
     return summary
 
 
 def _export(work_dir, console):
-    """Export models to ONNX and return the files, or say which packages are missing."""
+    """Export models to ONNX and say where the files are, or which packages are missing."""
     console.rule('export')
     try:
         import_extra('onnx', 'onnxscript', 'onnxruntime')
     except ValueError as error:
         console.print(f'No ONNX files: {error}', markup=False)
-        return []
+        return
     files = []
     for task, side, folder in _EXPORTS:
         images = [str(image) for image in sorted((DATA / folder).rglob('*.png'))[:3]]
@@ -108,7 +107,7 @@ def _export(work_dir, console):
         arguments = (task.config_file, last_checkpoint(work_dir / task.name), files[-1], (side, side), 'batch')
         for line in _in_new_process(export_onnx, *arguments, images=images, force=True):
             console.print(f'{files[-1]}: {line}')
-    return files
+    console.print(f'ONNX files: {", ".join(map(str, files))}')
 
 
 def _in_new_process(function, *arguments, **options):
