@@ -1,7 +1,7 @@
 # All targets need Python 3.10 to 3.12 and a C++ compiler. Everything else is installed into .venv/.
 .DEFAULT_GOAL := help
 .PHONY: help python env demo requirements demo demo-scratch experiments landmarks test \
-	test-long test-gpu test-openmmlab lint docs clean-env
+	test-long test-gpu test-openmmlab lint audit docs clean-env
 
 # The interpreter of an existing .venv/ is tried first, so that a newer python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -103,6 +103,15 @@ lint: env ## run ruff, mypy and the checks of the workflow and the form
 	.venv/bin/python -m mypy
 	.venv/bin/python -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 	.venv/bin/python -m check_jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug_report.yml
+
+# pip-audit needs a hash for every package, so the line of this package is left out. With --strict, a package that cannot
+# be looked up is an error instead of a note.
+PIP_AUDIT := .venv/bin/uv tool run -q --no-python-downloads --python .venv/bin/python pip-audit==2.10.1 \
+	--strict --disable-pip --progress-spinner off
+
+audit: env ## look up known vulnerabilities of all pinned packages (sends their names and versions to PyPI)
+	@code=0; for stack in maintained openmmlab; do echo "requirements/$$stack.txt:"; \
+		sed '/^-e /d' requirements/$$stack.txt | $(PIP_AUDIT) -r /dev/stdin || code=1; done; exit $$code
 
 docs: env ## build the documentation site in site/
 	.venv/bin/python -m mkdocs build --strict

@@ -26,14 +26,14 @@ _MEAN = np.array([123.675, 116.28, 103.53], np.float32).reshape(3, 1, 1)
 _STD = np.array([58.395, 57.12, 57.375], np.float32).reshape(3, 1, 1)
 
 
-def in_pytorch(model, x, calibration, folder):
-    """PyTorch without compilation, in float32."""
+def eager(model, x, calibration, folder):
+    """Eager PyTorch in float32."""
     return lambda images: model(torch.from_numpy(images)), None
 
 
 def compiled(model, x, calibration, folder):
     """``torch.compile`` with its defaults."""
-    return in_pytorch(torch.compile(model, fullgraph=True), x, calibration, folder)
+    return eager(torch.compile(model, fullgraph=True), x, calibration, folder)
 
 
 def bfloat16(model, x, calibration, folder):
@@ -49,7 +49,7 @@ def bfloat16(model, x, calibration, folder):
 def dynamic_int8(model, x, calibration, folder):
     """Linear layers in int8, with scales computed in each pass."""
     quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
-    return in_pytorch(quantized, x, calibration, folder)
+    return eager(quantized, x, calibration, folder)
 
 
 def _to_onnx(model, x, folder):
@@ -136,7 +136,7 @@ def openvino_int8(model, x, calibration, folder):
 
 
 BUILDERS = {
-    'eager': in_pytorch,
+    'eager': eager,
     'compile': compiled,
     'bfloat16': bfloat16,
     'dynamic-int8': dynamic_int8,
@@ -149,8 +149,10 @@ BUILDERS = {
 
 
 def _model_and_images(request):
-    """Return the model, and one more image than are needed to calibrate it, in the form that it takes."""
+    """Return the model, and images in the form that it takes: those for calibration, then one batch."""
     batch, *size = request['shape']
+    if request.get('metric') and batch != 1:
+        raise ValueError(f'a metric is computed with one image per batch: give 1x{size[0]}x{size[1]}')
     files = find_images(request['images']) if request['images'] else ()
     # The last batch is for the measurement.
     images = photographs(files, batch * (max(request['calibration'] // batch, 1) + 1), size)
@@ -181,13 +183,17 @@ def measure(request):
     with tempfile.TemporaryDirectory() as folder:
         run, file = BUILDERS[request['runtime']](model, x, calibration, folder)
         size = file.stat().st_size if file else None
-        reference, _ = in_pytorch(model, x, calibration, folder)
-        difference = largest_difference(run(x), reference(x))
+        if not file:
+            # The first step of PyTorch loads libraries or compiles. The other runtimes do this when they load the file,
+            # and keep the memory of a step, so for them only the first step shows it.
+            run(x)
         ctypes.CDLL(None).malloc_trim(0)
         reset_peak()
         before = status_bytes('VmRSS')
-        run(x)
+        found = run(x)
         peak = max(status_bytes('VmHWM') - before, 0)
+        reference, _ = eager(model, x, calibration, folder)
+        difference = largest_difference(found, reference(x))
         steps = [functools.partial(function, x) for function in (run, reference)]
         times = measure_times(steps, request['repeats'], request['seconds'], torch.device('cpu'))
         metric = evaluate(request, run, folder) if request.get('metric') else None
@@ -232,7 +238,9 @@ def evaluate(request, run, folder):
 
 def _arrays(outputs):
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-    return [torch.as_tensor(output).numpy() for output in outputs]
+    # NumPy has no bfloat16.
+    tensors = [torch.as_tensor(output) for output in outputs]
+    return [(tensor.float() if tensor.is_floating_point() else tensor).numpy() for tensor in tensors]
 
 
 def largest_difference(found, expected):

@@ -20,7 +20,7 @@ from rich.table import Table
 from .sweep import ROOT, machine, summarise
 from .targets import BACKBONES, parse_target
 
-#: Runtimes, in the order of the table. Each is a function of :mod:`benchmarks.runtime_worker`.
+#: Runtimes, in the order of the table: the keys of ``BUILDERS`` in :mod:`benchmarks.runtime_worker`.
 RUNTIMES = (
     'eager',
     'compile',

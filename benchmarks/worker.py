@@ -64,6 +64,17 @@ def _synchronize(device):
 
 
 def measure_times(steps, repeats, seconds, device):
+    """Measure one or two functions alternately.
+
+    Args:
+        steps (list[Callable[[], None]]): Functions to measure.
+        repeats (int): Largest number of measurements of each.
+        seconds (float): Time in seconds after which no further measurement starts. There are at least three.
+        device (torch.device): Device to wait for.
+
+    Returns:
+        dict[str, list[float]]: ``seconds`` and, with two functions, ``peer_seconds``.
+    """
     times = [[] for _ in steps]
     for step in steps:
         step()
@@ -100,6 +111,7 @@ def _peak_memory(target, size, settings, device):
 
 
 def reset_peak():
+    """Set the peak memory of this process to its current memory."""
     # proc_pid_clear_refs(5): writing 5 resets the peak to the current resident size.
     Path('/proc/self/clear_refs').write_text('5')
 

@@ -6,20 +6,23 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.fileio import list_from_file
 from torch import nn
 
+from soft_mm.checkpoints.reading import load_weights
 from soft_mm.image_models import OUTPUTS, ImageModel, image_model
 from soft_mm.inference import load_model, read_image
 from soft_mm.models.arch import MIN_SIDE
-from soft_mm.onnx_model import TOOLBOXES, OnnxModel, import_extra
+from soft_mm.onnx_model import TOOLBOXES, OnnxModel, data_sample, import_extra
 from soft_mm.ops.checks import check_choice
+from soft_mm.ops.recording import CAN_EXPORT
 from soft_mm.utils import atomic_path, read_config
 from soft_mm.version import __version__
 
@@ -29,7 +32,8 @@ INPUT_DTYPES = ('float32', 'uint8')
 MAX_PROBABILITY_ERROR = 1e-3
 MAX_LOGIT_ERROR = 1e-3
 MAX_SCORE_ERROR = 1e-3
-MAX_BOX_ERROR = 1e-3
+# In pixels.
+MAX_BOX_ERROR = 0.1
 MIN_MATCHED = 0.99
 MIN_MASK_IOU = 0.99
 
@@ -47,9 +51,8 @@ def export_onnx(
 ) -> list[str]:
     """Export a trained model to ONNX, from images to predictions.
 
-    The input ``image`` is RGB, 0 to 255, ``(N, 3, H, W)``. The outputs are those of the classes of
-    :mod:`soft_mm.image_models`. The metadata of the file hold the task, the classes and their palette, and the mean and
-    deviation of the normalisation, which is in the graph.
+    The input ``image`` is RGB, 0 to 255, ``(N, 3, H, W)``. The classes of :mod:`soft_mm.image_models` describe the
+    outputs. The metadata of the file are described at :func:`describe`.
 
     Args:
         config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.
@@ -59,7 +62,8 @@ def export_onnx(
         dynamic (str): ``'none'``: one image of this size. ``'batch'``: any number of images. ``'all'``: any number and
             any size from 32 pixels. Defaults to ``'none'``.
         input_dtype (str): ``'float32'`` or ``'uint8'``. Defaults to ``'float32'``.
-        images (Sequence[str]): Image files for the check. Defaults to (): a photograph that matplotlib has.
+        images (Sequence[str]): Image files for the check, each of which is compared. Defaults to (): a photograph that
+            matplotlib has.
         check (bool): Compare the file, run by onnxruntime, with the toolbox's predictions. Defaults to True.
         force (bool): Replace an existing file. Defaults to False.
 
@@ -84,64 +88,135 @@ def export_onnx(
     if out.exists() and not force:
         raise ValueError(f'{out} exists: give another name, or --force')
     import_extra('onnx', 'onnxscript', *['onnxruntime'] * check)
-    if not hasattr(torch.compiler, 'is_exporting'):
+    if not CAN_EXPORT:
         raise ValueError(f'PyTorch {torch.__version__} is too old to export: install 2.7 or newer')
-    model = load_model(config, checkpoint)
+    cfg, model = read_config(config), load_model(config, checkpoint)
+    _check_reading(cfg)
     wrapped = image_model(model).eval()
+    metadata = describe(wrapped, class_names(cfg, load_weights(checkpoint)), (height, width), dynamic)
+    for image in images if check else ():
+        read_image(image)
     with atomic_path(out) as temporary:
         program = _to_onnx(wrapped, (height, width), dynamic, input_dtype)
-        program.model.metadata_props['soft_mm'] = json.dumps(describe(wrapped, read_config(config)))
+        program.model.metadata_props['soft_mm'] = json.dumps(metadata)
         program.save(temporary, external_data=False)
         return check_onnx(model, temporary, shape, dynamic, images) if check else []
 
 
-def describe(model: ImageModel, cfg: Config) -> dict[str, Any]:
+def _check_reading(cfg: Config) -> None:
+    """Refuse a data set that gives images in memory, whose order of channels is not known."""
+    data = _dataset(cfg)
+    types = [str(getattr(step.get('type'), '__name__', step.get('type'))) for step in data.get('pipeline', [])]
+    if types and not any('LoadImage' in name for name in types):
+        raise ValueError(
+            'the test pipeline of the config has no LoadImageFromFile, so the order of the colour channels is not '
+            'known: export with a config whose images come from files'
+        )
+
+
+def _dataset(cfg: Config) -> Any:
+    data: Any = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in data:
+        data = data['dataset']
+    return data
+
+
+def describe(
+    model: ImageModel, meta: Mapping[str, Any], shape: tuple[int, int], dynamic: str = 'none'
+) -> dict[str, Any]:
     """Collect what a user of an exported file must know.
 
     Args:
         model (ImageModel): The exported function.
-        cfg (Config): Config of the model.
+        meta (dict): See :func:`class_names`.
+        shape (tuple[int, int]): Height and width in pixels for which the file is made.
+        dynamic (str): See :func:`export_onnx`. Defaults to ``'none'``.
 
     Returns:
-        dict: The metadata of the file.
+        dict: Metadata of the file: the task; the names of the outputs; the classes and their palette; the form of the
+        input, its size and what may vary; the RGB mean and deviation of the normalisation, which is in the graph; and
+        the threshold of masks.
+
+    Raises:
+        ValueError: If the number of classes differs from that of the head.
     """
-    meta = class_names(cfg)
-    classes = meta.get('classes') or [str(index) for index in range(number_of_classes(model))]
-    if len(classes) != number_of_classes(model):
+    count = number_of_classes(model)
+    classes = meta.get('classes') or [str(index) for index in range(count)]
+    if len(classes) != count:
         raise ValueError(
-            f'the data set of the config has {len(classes)} classes and the head {number_of_classes(model)}: correct '
-            'num_classes or metainfo'
+            f'the data set of the config has {len(classes)} classes and the head {count}: correct num_classes or '
+            'metainfo'
         )
+    roi_cfg = getattr(getattr(model.model, 'roi_head', None), 'test_cfg', None) or {}
     return dict(
         task=model.task,
         outputs=OUTPUTS[model.task],
         classes=list(classes),
         palette=[list(colour) for colour in meta['palette']] if meta.get('palette') else None,
         input='RGB, 0 to 255, (N, 3, H, W)',
+        shape=list(shape),
+        dynamic=dynamic,
         mean=(model.mean.flip(1) if model.flip else model.mean).flatten().tolist(),
         std=(model.std.flip(1) if model.flip else model.std).flatten().tolist(),
+        mask_threshold=roi_cfg.get('mask_thr_binary', 0.5),
         soft_mm_version=__version__,
     )
 
 
-def class_names(cfg: Config) -> dict[str, Any]:
-    """Read the names and colours of the classes from the test data set of a config, without opening its files.
+def class_names(cfg: Config, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Find the names and colours of the classes, without opening the files of the data set.
+
+    mmengine's runner writes those of the training data into a checkpoint. Otherwise they are those of the test data set
+    of the config.
 
     Args:
         cfg (Config): Config of a toolbox.
+        checkpoint (dict): Content of the checkpoint.
 
     Returns:
         dict: With ``classes``, ``palette`` or neither.
     """
-    data: Any = cfg.get('test_dataloader', {}).get('dataset', {})
-    while 'dataset' in data:
-        data = data.dataset
-    scope = cfg.get('default_scope')
+    meta = checkpoint.get('meta')
+    recorded = meta.get('dataset_meta') if isinstance(meta, dict) else None
+    if isinstance(recorded, dict) and recorded.get('classes'):
+        return recorded
+    data, scope = _dataset(cfg), cfg.get('default_scope')
     registry = importlib.import_module(f'{scope}.registry').DATASETS
     importlib.import_module(f'{scope}.datasets')
-    known = getattr(registry.get(data.get('type', '')), 'METAINFO', {})
-    given = {key: data[key] for key in ('classes',) if key in data}
-    return {**known, **data.get('metainfo', {}), **given}
+    kind = data.get('type', '')
+    kind = registry.get(kind) if isinstance(kind, str) else kind
+    given = dict(data.get('metainfo') or {})
+    if data.get('classes'):
+        given.setdefault('classes', data['classes'])
+    if isinstance(given.get('classes'), str):
+        given['classes'] = list_from_file(given['classes'])
+    known = getattr(kind, 'METAINFO', {})
+    if given.get('classes') and 'palette' not in given and 'palette' in known:
+        # A subset of the classes keeps their colours.
+        colours = dict(zip(known['classes'], known['palette']))
+        given['palette'] = (
+            [colours[name] for name in given['classes']] if set(given['classes']) <= set(colours) else None
+        )
+    return {**known, **given}
+
+
+def check_task(model: OnnxModel, cfg: Config) -> None:
+    """Check that an ONNX file does the task of a config, with the same classes in the same order.
+
+    Args:
+        model (OnnxModel): The file.
+        cfg (Config): Config whose data should evaluate it.
+
+    Raises:
+        ValueError: If the toolbox or the classes differ.
+    """
+    if TOOLBOXES[model.task] != cfg.get('default_scope'):
+        raise ValueError(f'{model.file} is for {model.task}, but the config is one of {cfg.get("default_scope")}')
+    classes = list(class_names(cfg, {}).get('classes') or model.classes)
+    if classes != model.classes:
+        raise ValueError(
+            f'{model.file} has the classes {model.classes[:3]}..., but the data set of the config has {classes[:3]}...'
+        )
 
 
 def number_of_classes(model: ImageModel) -> int:
@@ -170,32 +245,36 @@ def _to_onnx(model: ImageModel, shape: tuple[int, int], dynamic: str, input_dtyp
     example = torch.randint(0, 256, (batch, 3, *shape), dtype=torch.uint8).to(getattr(torch, input_dtype))
     dims = {'none': {}, 'batch': {0: 'batch'}, 'all': {0: 'batch', 2: 'height', 3: 'width'}}[dynamic]
     options: dict[str, Any] = dict(input_names=['image'], output_names=list(OUTPUTS[model.task]), dynamo=True)
+    # torch.onnx knows the operators of torchvision only if it is imported before.
+    importlib.import_module('torchvision')
     with torch.no_grad(), quiet():
         try:
             return torch.onnx.export(model, (example,), dynamic_shapes=(dims,) if dims else None, **options)
         except (torch.onnx.errors.OnnxExporterError, NotImplementedError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            advice = '' if dynamic == 'none' else f', or without --dynamic {dynamic}'
+            how, advice = (
+                ('', '') if dynamic == 'none' else (f' with --dynamic {dynamic}', f', or without --dynamic {dynamic}')
+            )
             raise ValueError(
-                f'the model cannot be exported{advice and f" with --dynamic {dynamic}"}: {reason}. Export another '
-                f'attention or solver{advice}'
+                f'the model cannot be exported{how}: {reason}. Export another attention or solver{advice}'
             ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the progress and the notes of torch.onnx, which name its own code.
+    """Hide what torch.onnx prints and logs while it works.
 
     Yields:
         None
     """
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter('ignore')
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def check_onnx(
@@ -209,25 +288,27 @@ def check_onnx(
         shape (tuple[int, int]): Height and width of the images in pixels.
         dynamic (str): See :func:`export_onnx`. Variable batches are compared for two numbers of images, variable sizes
             for two more sizes.
-        images (Sequence[str]): Image files. Defaults to (): a photograph that matplotlib has.
+        images (Sequence[str]): Image files, each of which is compared. Defaults to (): a photograph that matplotlib
+            has.
 
     Returns:
-        list[str]: One line per comparison with the largest difference.
+        list[str]: One line per comparison with the largest difference. A comparison of detectors says if no box was
+        found.
 
     Raises:
         ValueError: If a difference is too large.
     """
     runtime, (height, width) = OnnxModel(file), shape
-    cases = [(1, height, width)]
+    cases = [(max(len(images), 1), height, width)]
     if dynamic != 'none':
-        cases.append((3, height, width))
+        cases.append((cases[0][0] + 2, height, width))
     if dynamic == 'all':
         cases += [(1, height + 37, width), (2, max(MIN_SIDE, height // 2), width + 64)]
     lines = []
     for batch, *sides in cases:
         pixels = photographs(images, batch, sides)
         expected = _toolbox_predictions(model, pixels, runtime.task)
-        found = runtime.predict(pixels, [_sample(runtime.task, sides) for _ in pixels])
+        found = runtime.predict(pixels, [data_sample(runtime.task, sides) for _ in pixels])
         difference = _COMPARE[runtime.task](expected, found)
         lines.append(f'{batch}x3x{sides[0]}x{sides[1]}: {difference}')
     return lines
@@ -261,17 +342,10 @@ def photographs(files: Sequence[str], count: int, sides: Sequence[int]) -> np.nd
     return np.stack(found)
 
 
-def _sample(task: str, sides: Sequence[int]) -> Any:
-    structures = importlib.import_module(f'{TOOLBOXES[task]}.structures')
-    kind = dict(mmpretrain='DataSample', mmseg='SegDataSample', mmdet='DetDataSample')[TOOLBOXES[task]]
-    size = tuple(sides)
-    return getattr(structures, kind)(metainfo=dict(ori_shape=size, img_shape=size, scale_factor=(1.0, 1.0)))
-
-
 @torch.no_grad()
 def _toolbox_predictions(model: Any, pixels: np.ndarray, task: str) -> list[Any]:
     inputs = [torch.from_numpy(image[::-1].copy()) for image in pixels]
-    samples = [_sample(task, pixels.shape[2:]) for _ in pixels]
+    samples = [data_sample(task, pixels.shape[2:]) for _ in pixels]
     return model.test_step(dict(inputs=inputs, data_samples=samples))
 
 
@@ -283,22 +357,23 @@ def _require(ok: bool, text: str) -> str:
 
 def _compare_classification(expected: Sequence[Any], found: Sequence[Any]) -> str:
     # Relative, because the probabilities of many classes are small.
-    error = max(
-        ((a.pred_score - b.pred_score).abs().max() / a.pred_score.max()).item()
-        for a, b in zip(expected, found, strict=True)
-    )
+    errors = [
+        (a.pred_score - b.pred_score).abs().max() / a.pred_score.max() for a, b in zip(expected, found, strict=True)
+    ]
+    # Of tensors, because the maximum of Python ignores NaN.
+    error = torch.stack(errors).max().item()
     text = f'probabilities differ by at most {error:.1e} of the largest'
     return _require(error <= MAX_PROBABILITY_ERROR, text)
 
 
 def _compare_segmentation(expected: Sequence[Any], found: Sequence[Any]) -> str:
     """Where the classes differ, PyTorch's logits of both must be almost equal."""
-    differing, worst = 0.0, 0.0
+    differing, errors = 0.0, []
     for a, b in zip(expected, found, strict=True):
         logits, chosen = a.seg_logits.data, b.pred_sem_seg.data
-        shortfall = (logits.amax(0) - logits.gather(0, chosen)[0]) / logits.abs().max()
-        worst = max(worst, shortfall.max().item())
+        errors.append(((logits.amax(0) - logits.gather(0, chosen)[0]) / logits.abs().max()).max())
         differing += (chosen != a.pred_sem_seg.data).float().mean().item() / len(expected)
+    worst = torch.stack(errors).max().item()
     text = f'{differing:.4%} of the pixels differ, by {worst:.1e} of the largest logit'
     return _require(worst <= MAX_LOGIT_ERROR, text)
 
@@ -308,23 +383,25 @@ def _compare_detection(expected: Sequence[Any], found: Sequence[Any]) -> str:
     boxes = matched = 0
     worst, masks = 0.0, 1.0
     for a, b in zip(expected, found, strict=True):
-        side = max(a.ori_shape)
         for one, other in ((a.pred_instances, b.pred_instances), (b.pred_instances, a.pred_instances)):
             boxes += len(one)
             if len(one) == 0 or len(other) == 0:
                 continue
-            place = (one.bboxes[:, None] - other.bboxes).abs().amax(-1) / side
+            place = (one.bboxes[:, None] - other.bboxes).abs().amax(-1)
             score = (one.scores[:, None] - other.scores).abs()
             fits = (one.labels[:, None] == other.labels) & (place <= MAX_BOX_ERROR) & (score <= MAX_SCORE_ERROR)
             matched += int(fits.any(1).sum())
             best = torch.where(fits, score, torch.inf).argmin(1)
             for row in fits.any(1).nonzero().flatten().tolist():
-                worst = max(worst, place[row, best[row]].item() * side)
+                worst = max(worst, place[row, best[row]].item())
                 if 'masks' in one:
                     both = torch.stack([one.masks[row], other.masks[best[row]]])
-                    masks = min(masks, both.all(0).sum().item() / max(both.any(0).sum().item(), 1))
+                    union = both.any(0).sum().item()
+                    masks = min(masks, both.all(0).sum().item() / union if union else 1.0)
+    if boxes == 0:
+        return 'no box was found, so none was compared: give --images with objects'
     text = f'{matched} of {boxes} boxes match, to {worst:.1e} pixels'
-    if boxes and 'masks' in expected[0].pred_instances:
+    if 'masks' in expected[0].pred_instances:
         text += f', smallest IoU of masks {masks:.4f}'
     return _require(matched >= MIN_MATCHED * boxes and masks >= MIN_MASK_IOU, text)
 

@@ -6,7 +6,7 @@ fixed number of rows, so that those of a batch have one shape.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,9 @@ class ImageModel(nn.Module):
         if self.task == 'segmentation':
             # mmsegmentation pads to `size_divisor` only in training.
             self.divisor = (preprocessor.test_cfg or {}).get('size_divisor') or 1
+            self.pad_value = preprocessor.pad_val
         else:
-            self.divisor = preprocessor.pad_size_divisor
+            self.divisor, self.pad_value = preprocessor.pad_size_divisor, preprocessor.pad_value
 
     def preprocess(self, image: Tensor) -> Tensor:
         """Normalise and pad images.
@@ -61,7 +62,7 @@ class ImageModel(nn.Module):
         if self.divisor == 1:
             return image
         bottom, right = (-side % self.divisor for side in image.shape[-2:])
-        return F.pad(image, (0, right, 0, bottom))
+        return F.pad(image, (0, right, 0, bottom), value=self.pad_value)
 
 
 class Classification(ImageModel):
@@ -111,7 +112,7 @@ class IntegerUpsample(nn.Module):
 
     def __init__(self, scale_factor: float, mode: str, align_corners: bool | None) -> None:
         super().__init__()
-        if scale_factor != int(scale_factor):
+        if isinstance(scale_factor, (tuple, list)) or scale_factor != int(scale_factor):
             raise ValueError(f'a head with scale_factor={scale_factor} cannot be exported: expected an integer')
         self.scale_factor, self.mode, self.align_corners = int(scale_factor), mode, align_corners
 
@@ -196,8 +197,6 @@ def decode(coder: Any, priors: Tensor, deltas: Tensor, size: Sequence[int]) -> T
     boxes = delta2bbox(
         priors, deltas, coder.means, coder.stds, add_ctr_clamp=coder.add_ctr_clamp, ctr_clamp=coder.ctr_clamp
     )
-    if not coder.clip_border:
-        return boxes
     height, width = size
     return torch.stack([boxes[:, i].clamp(0, width if i % 2 == 0 else height) for i in range(4)], 1)
 
@@ -324,39 +323,90 @@ def image_model(model: Any) -> ImageModel:
         ImageModel: The function.
 
     Raises:
-        ValueError: If the model is of another kind.
+        ValueError: If the model cannot be exported. The message says why.
     """
-    kind, head = type(model).__name__, type(getattr(model, 'bbox_head', None)).__name__
-    if kind == 'ImageClassifier' and type(model.head).__name__ in ('LinearClsHead', 'ClsHead'):
-        return Classification(model)
-    if kind == 'EncoderDecoder' and model.test_cfg.mode == 'whole' and model.out_channels > 1:
-        if (model.data_preprocessor.test_cfg or {}).get('size') is None:
-            return Segmentation(model)
-    if kind == 'RetinaNet' and head == 'RetinaHead' and head_is_plain(model.bbox_head, model.bbox_head.test_cfg):
-        return Detection(model)
-    if kind in ('FasterRCNN', 'MaskRCNN') and type(model.roi_head).__name__ == 'StandardRoIHead':
-        rpn, roi = model.rpn_head, model.roi_head
-        plain = head_is_plain(rpn, rpn.test_cfg) and head_is_plain(roi.bbox_head, roi.test_cfg)
-        if plain and not roi.with_shared_head:
-            return Instances(model)
-    raise ValueError(
-        f'a {kind} of this form cannot be exported: supported are ImageClassifier with a linear head, EncoderDecoder '
-        "with test_cfg.mode='whole' and two classes or more, RetinaNet, and Faster and Mask R-CNN with plain "
-        'non-maximum suppression'
+    kind = type(model).__name__
+    if kind not in _CHECKS:
+        raise ValueError(f'a {kind} cannot be exported: supported are {", ".join(_CHECKS)}')
+    wrapper, check = _CHECKS[kind]
+    if reasons := [reason for reason, holds in check(model) if holds]:
+        raise ValueError(f'this {kind} cannot be exported, because {"; ".join(reasons)}')
+    return wrapper(model)
+
+
+def _check_classifier(model: Any) -> Iterator[tuple[str, bool]]:
+    head = type(model.head).__name__
+    yield f'its head is a {head} and not a LinearClsHead', head != 'LinearClsHead'
+    yield from _check_pixels(model)
+
+
+def _check_segmentor(model: Any) -> Iterator[tuple[str, bool]]:
+    mode = model.test_cfg.get('mode')
+    yield f"its test_cfg.mode is {mode!r} and not 'whole'", mode != 'whole'
+    yield 'it has a single output channel', model.out_channels == 1
+    yield 'its data_preprocessor pads to one size', bool((model.data_preprocessor.test_cfg or {}).get('size'))
+    yield from _check_pixels(model)
+
+
+def _check_pixels(model: Any) -> Iterator[tuple[str, bool]]:
+    preprocessor = model.data_preprocessor
+    yield (
+        'its data_preprocessor normalises one channel',
+        preprocessor._enable_normalize and preprocessor.mean.numel() == 1,
     )
 
 
-def head_is_plain(head: Any, cfg: Any) -> bool:
-    """Return whether :func:`decode` and :func:`best_boxes` compute what a head does.
+def _check_dense_detector(model: Any) -> Iterator[tuple[str, bool]]:
+    head = type(model.bbox_head).__name__
+    yield f'its head is a {head} and not a RetinaHead', head != 'RetinaHead'
+    if head == 'RetinaHead':
+        yield from _check_boxes(model.bbox_head, model.bbox_head.test_cfg)
+        # mmdet compares after it has scaled the boxes to the original image.
+        smallest = model.bbox_head.test_cfg.get('min_bbox_size', -1)
+        yield f'its min_bbox_size is {smallest}, which depends on the original image', smallest > 0
+    yield from _check_pixels(model)
 
-    Args:
-        head (nn.Module): Dense head or box head of mmdet.
-        cfg (ConfigDict): Its ``test_cfg``.
 
-    Returns:
-        bool: True if boxes are coded as offsets and sizes, the number of candidates is bounded, and overlapping boxes
-            of the same class are removed, not given lower scores.
-    """
-    coded = type(head.bbox_coder).__name__ == 'DeltaXYWHBBoxCoder' and not getattr(head, 'custom_cls_channels', False)
-    suppression = cfg.nms.get('type', 'nms') == 'nms' and not cfg.nms.get('class_agnostic', False)
-    return coded and suppression and cfg.get('nms_pre', 1) > 0
+def _check_two_stages(model: Any) -> Iterator[tuple[str, bool]]:
+    roi = model.roi_head
+    yield f'its RoI head is a {type(roi).__name__}', type(roi).__name__ != 'StandardRoIHead'
+    yield 'its RoI head has a shared head', roi.with_shared_head
+    yield from _check_boxes(model.rpn_head, model.rpn_head.test_cfg)
+    yield from _check_boxes(roi.bbox_head, roi.test_cfg)
+    yield 'its box head predicts no boxes', not roi.bbox_head.with_reg
+    extractors = [roi.bbox_roi_extractor, *([roi.mask_roi_extractor] if roi.with_mask else [])]
+    for extractor in extractors:
+        name = type(extractor).__name__
+        yield f'its RoI extractor is a {name}', name != 'SingleRoIExtractor'
+        layers = [type(layer).__name__ for layer in getattr(extractor, 'roi_layers', [])]
+        yield f'its RoI extractor has the layers {layers}', set(layers) != {'RoIAlign'}
+        modes = {getattr(layer, 'pool_mode', 'avg') for layer in getattr(extractor, 'roi_layers', [])}
+        yield f'its RoI extractor pools by {sorted(modes)}', modes != {'avg'}
+    if roi.with_mask:
+        name = type(roi.mask_head).__name__
+        yield f'its mask head is a {name}', name != 'FCNMaskHead'
+    yield from _check_pixels(model)
+
+
+def _check_boxes(head: Any, cfg: Any) -> Iterator[tuple[str, bool]]:
+    """Yield the reasons for which :func:`decode` and :func:`best_boxes` do not compute what a head does."""
+    name, coder = type(head).__name__, head.bbox_coder
+    yield f'the boxes of {name} are coded by {type(coder).__name__}', type(coder).__name__ != 'DeltaXYWHBBoxCoder'
+    yield f'{name} has a loss with scores of its own', bool(getattr(head.loss_cls, 'custom_cls_channels', False))
+    yield f'the boxes of {name} are not clipped to the image', not getattr(coder, 'clip_border', True)
+    nms = cfg.get('nms') or {}
+    plain = nms.get('type', 'nms') == 'nms' and not nms.get('class_agnostic', False) and 'iou_threshold' in nms
+    yield f'{name} suppresses overlapping boxes by {dict(nms)}', not plain
+    for key in ('max_per_img', 'nms_pre'):
+        # A box head takes all proposals.
+        value = cfg.get(key, 1 if key == 'nms_pre' and hasattr(head, 'fc_cls') else 0)
+        yield f'{name} has {key}={value} in its test_cfg', value < 1
+
+
+_CHECKS: dict[str, tuple[type[ImageModel], Callable[[Any], Iterator[tuple[str, bool]]]]] = dict(
+    ImageClassifier=(Classification, _check_classifier),
+    EncoderDecoder=(Segmentation, _check_segmentor),
+    RetinaNet=(Detection, _check_dense_detector),
+    FasterRCNN=(Instances, _check_two_stages),
+    MaskRCNN=(Instances, _check_two_stages),
+)

@@ -5,7 +5,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -14,7 +14,7 @@ from soft_mm.checkpoints.matching import check_normalized, check_whole_model, fi
 from soft_mm.checkpoints.reading import load_weights, local_file
 from soft_mm.models.attention.softmax_free import normalized_options
 from soft_mm.models.soft import PatchEmbed
-from soft_mm.utils import build_model, read_config
+from soft_mm.utils import build_model, read_config, without_pretrained
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
@@ -76,7 +76,7 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], path: str) -> di
     """Check that a checkpoint has every weight of a model. The toolboxes do not check this.
 
     Args:
-        model (nn.Module): Model, which may have a wrapper for distributed training.
+        model (nn.Module): Model, which may have wrappers for distributed training or test-time augmentation.
         checkpoint (dict): Content of the checkpoint, see :func:`~soft_mm.checkpoints.load_weights`.
         path (str): File of the checkpoint, for the message.
 
@@ -89,7 +89,9 @@ def check_weights(model: nn.Module, checkpoint: dict[str, Any], path: str) -> di
     """
     check_normalized(checkpoint, normalized_options(model), path)
     found = {key.removeprefix('module.'): value for key, value in find_state_dict(checkpoint, path).items()}
-    check_whole_model(found, (model.get_submodule('module') if is_model_wrapper(model) else model).state_dict(), path)
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.get_submodule('module')
+    check_whole_model(found, model.state_dict(), path)
     return found
 
 
@@ -128,9 +130,8 @@ def load_model(config: str | Path, checkpoint: str | Path) -> nn.Module:
         ValueError: If the config has no backbone, or the checkpoint does not fit or cannot be read.
     """
     cfg = read_config(config)
-    if 'model' not in cfg or 'backbone' not in cfg.model:
-        raise ValueError(f'{config} has no `model.backbone`; give the config of a whole model')
-    cfg.model.backbone.init_cfg = None
+    if without_pretrained(cfg.get('model', {})) == 0:
+        raise ValueError(f'{config} has no `model` with a backbone; give the config of a whole model')
     model = build_model(cfg)
     file, content = read_whole_model(checkpoint)
     model.load_state_dict(check_weights(model, content, file), strict=False)
@@ -202,12 +203,12 @@ def predict(
     file, weights = read_whole_model(checkpoint)
     # Another toolbox may have been the default scope of this process.
     init_default_scope(scope)
-    # The checkpoint sets every weight, so pretrained weights are not needed.
-    cfg.model.backbone.init_cfg = None
+    without_pretrained(cfg.model)
     if scope == 'mmpretrain':
         from mmpretrain.apis import ImageClassificationInferencer
 
-        names = [Path(image).with_suffix('').name for image in images]
+        # mmpretrain drops up to two suffixes of a name.
+        names = [Path(Path(image).stem).with_suffix('').name for image in images]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f'several images have the same name apart from the suffix, {repeated[:3]}: rename them')
         inferencer = ImageClassificationInferencer(cfg, pretrained=file, device=device)

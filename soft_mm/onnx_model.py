@@ -17,8 +17,30 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
 from soft_mm.inference import read_image
+from soft_mm.models.arch import MIN_SIDE
 
 TOOLBOXES = dict(classification='mmpretrain', segmentation='mmseg', detection='mmdet', instances='mmdet')
+_SAMPLES = dict(mmpretrain='DataSample', mmseg='SegDataSample', mmdet='DetDataSample')
+
+
+def data_sample(
+    task: str, shape: Sequence[int], img_shape: Sequence[int] = (), scale: Sequence[float] = (1.0, 1.0)
+) -> Any:
+    """Make an empty data sample of the toolbox of a task.
+
+    Args:
+        task (str): Key of :data:`TOOLBOXES`.
+        shape (tuple[int, int]): Height and width of the original image in pixels.
+        img_shape (tuple[int, int]): Height and width of the input. Defaults to (): as ``shape``.
+        scale (tuple[float, float]): Ratio of the widths, and of the heights, of the input and the original image.
+
+    Returns:
+        DataSample: The data sample.
+    """
+    toolbox = TOOLBOXES[task]
+    structures = importlib.import_module(f'{toolbox}.structures')
+    metas = dict(ori_shape=tuple(shape), img_shape=tuple(img_shape or shape), scale_factor=tuple(scale))
+    return getattr(structures, _SAMPLES[toolbox])(metainfo=metas)
 
 
 def import_extra(*names: str) -> list[ModuleType]:
@@ -59,6 +81,8 @@ class OnnxModel:
         classes: Names of the classes.
         palette: One RGB colour per class, or None.
         mean: RGB mean of the normalisation, the colour of padding.
+        made_for: Height and width in pixels for which the file was made.
+        mask_threshold: Probability from which a pixel belongs to a mask.
         shape: ``(N, H, W)`` of the input. An entry is None if it is variable.
     """
 
@@ -80,6 +104,8 @@ class OnnxModel:
         self.classes: list[str] = metadata['classes']
         self.palette: list[list[int]] | None = metadata['palette']
         self.mean: list[float] = metadata['mean']
+        self.made_for: tuple[int, int] = tuple(metadata['shape'])
+        self.mask_threshold: float = metadata['mask_threshold']
         (given,) = self.session.get_inputs()
         self.dtype = np.uint8 if 'uint8' in given.type else np.float32
         batch, _, *sides = (side if isinstance(side, int) else None for side in given.shape)
@@ -95,7 +121,7 @@ class OnnxModel:
             list[np.ndarray]: The outputs in the order of the file.
 
         Raises:
-            ValueError: If the file does not take images of this shape.
+            ValueError: If the file does not take images of this shape or dtype.
         """
         given = (images.shape[0], *images.shape[2:])
         if any(side not in (None, size) for side, size in zip(self.shape, given)):
@@ -104,6 +130,12 @@ class OnnxModel:
                 f'{self.file} takes images x height x width = {expected}, not {"x".join(map(str, given))}: '
                 'resize the images, or export with --shape, or with --dynamic'
             )
+        if min(images.shape[2:]) < MIN_SIDE:
+            raise ValueError(
+                f'{self.file} takes images with both sides >= {MIN_SIDE}, not {images.shape[2:]}: enlarge them'
+            )
+        if self.dtype == np.uint8 and images.dtype != np.uint8:
+            raise ValueError(f'{self.file} takes images of uint8, not {images.dtype}: convert them')
         return self.session.run(None, {'image': images.astype(self.dtype)})
 
     def predict(self, images: np.ndarray, samples: Sequence[Any]) -> list[Any]:
@@ -115,15 +147,17 @@ class OnnxModel:
                 metadata have ``ori_shape``, for boxes also ``scale_factor``.
 
         Returns:
-            list[DataSample]: The data samples, with predictions for the original image.
+            list[DataSample]: The data samples, with predictions for the original image. A class map is resized by
+            nearest neighbours, whereas mmsegmentation resizes its logits.
+
+        Raises:
+            ValueError: See :meth:`__call__`.
         """
-        batch, count = self.shape[0] or len(images), len(images)
-        for start in range(0, count, batch):
-            part = images[start : start + batch]
-            # A file with a fixed batch computes the last image again to fill it.
-            filled = np.concatenate([part, part[-1:].repeat(batch - len(part), 0)])
-            for sample, *outputs in zip(samples[start : start + batch], *self(filled)):
-                self._add(sample, outputs)
+        # A file takes one image, or any number.
+        parts = np.split(images, len(images)) if self.shape[0] else [images]
+        outputs = [np.concatenate(output) for output in zip(*map(self, parts))]
+        for sample, *own in zip(samples, *outputs, strict=True):
+            self._add(sample, own)
         return list(samples)
 
     def _add(self, sample: Any, outputs: list[np.ndarray]) -> None:
@@ -137,29 +171,35 @@ class OnnxModel:
             sample.pred_sem_seg = PixelData(data=torch.from_numpy(class_map)[None].long())
             return
         boxes, scores, labels, *masks = (torch.from_numpy(output[outputs[1] > 0]) for output in outputs)
+        # The input may have padding on the right and at the bottom.
+        rows, columns = sample.img_shape[:2]
+        boxes = torch.minimum(boxes, boxes.new_tensor([columns, rows, columns, rows]))
         result = InstanceData(bboxes=boxes, scores=scores, labels=labels)
         if masks:
-            sample.pred_instances = paste_masks(result, masks[0], sample)
+            sample.pred_instances = paste_masks(result, masks[0], sample, self.mask_threshold)
         else:
             result.bboxes = boxes / boxes.new_tensor(sample.scale_factor).repeat(2)
             sample.pred_instances = result
 
 
-def paste_masks(result: InstanceData, masks: torch.Tensor, sample: Any) -> InstanceData:
+def paste_masks(result: InstanceData, masks: torch.Tensor, sample: Any, threshold: float = 0.5) -> InstanceData:
     """Draw masks at the places of their boxes, with mmdet's function, and scale both to the original image.
 
     Args:
         result (InstanceData): Boxes and labels of ``K`` objects.
         masks (Tensor): Probabilities ``(K, h, w)`` on a grid over each box.
         sample (DetDataSample): Data sample with ``ori_shape`` and ``scale_factor``.
+        threshold (float): Probability from which a pixel belongs to a mask. Defaults to 0.5.
 
     Returns:
         InstanceData: With ``masks``, ``(K, H, W)``, bool.
     """
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 
-    head = FCNMaskHead(num_convs=0, class_agnostic=True)
-    metas, settings = [sample.metainfo], ConfigDict(mask_thr_binary=0.5)
+    metas, settings = [sample.metainfo], ConfigDict(mask_thr_binary=threshold)
+    # The head has no part in this but its method, so its weights need no initialisation.
+    with torch.device('meta'):
+        head = FCNMaskHead(num_convs=0, class_agnostic=True)
     return head.predict_by_feat((masks[:, None],), [result], metas, settings, rescale=True, activate_map=True)[0]
 
 
@@ -199,37 +239,43 @@ class OnnxTestModel(BaseModel):
 def predict_onnx(images: list[str], file: str | Path, out_dir: str | Path, score_thr: float | None = None) -> Path:
     """Draw the predictions of an ONNX file with the visualiser of the toolbox.
 
-    Images are resized to a fixed input size: for classes so that they cover it, and cropped at the centre; for boxes so
-    that they fit into it, and padded with the mean colour; for class maps without regard to the aspect ratio.
+    Images are resized to the size for which the file was made: for classes so that they cover it, and cropped at the
+    centre; for boxes and class maps so that they fit into it. If the file has a fixed size, images for boxes are then
+    padded with the mean colour, and those for class maps stretched.
 
     Args:
         images (list[str]): Image files.
         file (str | Path): File of ``tools/export_onnx.py``.
         out_dir (str | Path): Output folder. One picture per image is written to its subfolder ``vis``.
-        score_thr (float | None): Smallest score of a box that is drawn. Defaults to None: 0.3.
+        score_thr (float | None): Smallest score of a box that is drawn, for detectors only. Defaults to None: 0.3.
 
     Returns:
         Path: Folder of the pictures.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file or an image cannot be read.
+        ValueError: If the file or an image cannot be read, two pictures would have the same name, or ``score_thr`` is
+            outside [0, 1] or given for a model that is no detector.
     """
     model, pictures = OnnxModel(file), Path(out_dir, 'vis')
     scope = TOOLBOXES[model.task]
+    if score_thr is not None and not 0 <= score_thr <= 1:
+        raise ValueError(f'score_thr={score_thr}: expected a number from 0 to 1')
+    if score_thr is not None and scope != 'mmdet':
+        raise ValueError(f'score_thr={score_thr} has no effect, because {file} is not a detector: leave it out')
+    names = [Path(image).with_suffix('.png').name for image in images]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f'several images would be drawn as {repeated[:3]}: rename them')
     importlib.import_module(f'{scope}.visualization')
-    structures = importlib.import_module(f'{scope}.structures')
     pictures.mkdir(parents=True, exist_ok=True)
     with DefaultScope.overwrite_default_scope(scope):
         visualizer = _visualizer(model)
-        for name in images:
-            image = read_image(name)
-            resized, factor = _fit(image, model)
-            kind = dict(mmpretrain='DataSample', mmseg='SegDataSample', mmdet='DetDataSample')[scope]
-            metas = dict(ori_shape=image.shape[:2], img_shape=resized.shape[:2], scale_factor=(factor, factor))
-            sample = getattr(structures, kind)(metainfo=metas)
+        for source, name in zip(images, names):
+            image = read_image(source)
+            resized, img_shape, scale = _fit(image, model)
+            sample = data_sample(model.task, image.shape[:2], img_shape, scale)
             model.predict(resized.transpose(2, 0, 1)[None], [sample])
-            options: dict[str, Any] = dict(out_file=str(pictures / Path(name).with_suffix('.png').name))
+            options: dict[str, Any] = dict(out_file=str(pictures / name))
             if scope == 'mmpretrain':
                 visualizer.visualize_cls(image, sample, classes=model.classes, **options)
             else:
@@ -249,7 +295,7 @@ def _visualizer(model: OnnxModel) -> Any:
 
         visualizer = SegLocalVisualizer()
         # A data set without a palette has random colours in mmsegmentation too.
-        palette = model.palette or np.random.RandomState(42).randint(0, 256, (len(model.classes), 3)).tolist()
+        palette = model.palette or np.random.RandomState(42).randint(0, 255, (len(model.classes), 3)).tolist()
         visualizer.dataset_meta = dict(classes=model.classes, palette=palette)
         return visualizer
     from mmdet.visualization import DetLocalVisualizer
@@ -259,21 +305,24 @@ def _visualizer(model: OnnxModel) -> Any:
     return visualizer
 
 
-def _fit(image: np.ndarray, model: OnnxModel) -> tuple[np.ndarray, float]:
-    """Resize an image ``(H, W, 3)`` for the input of a file. Return it with its scale factor."""
-    _, height, width = model.shape
-    if height is None or width is None:
-        return image, 1.0
+def _fit(image: np.ndarray, model: OnnxModel) -> tuple[np.ndarray, tuple[int, int], tuple[float, float]]:
+    """Resize an image ``(H, W, 3)`` for a file. Return the input, its size without padding, and its scales (x, y)."""
+    height, width = model.made_for
+    fixed = None not in model.shape[1:]
     ratios = height / image.shape[0], width / image.shape[1]
-    if model.task == 'segmentation':
-        return cv2.resize(image, (width, height)), 1.0
+    if model.task == 'segmentation' and fixed:
+        return cv2.resize(image, (width, height)), (height, width), ratios[::-1]
     factor = max(ratios) if model.task == 'classification' else min(ratios)
-    sides = [max(round(side * factor), 1) for side in image.shape[:2]]
-    image = cv2.resize(image, sides[::-1])
+    least = 1 if fixed else MIN_SIDE
+    rows, columns = (max(round(side * factor), least) for side in image.shape[:2])
+    scales = columns / image.shape[1], rows / image.shape[0]
+    image = cv2.resize(image, (columns, rows))
     if model.task == 'classification':
-        top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
-        return image[top : top + height, left : left + width], factor
+        top, left = (rows - height) // 2, (columns - width) // 2
+        return image[top : top + height, left : left + width], (height, width), scales
+    if not fixed:
+        return image, (rows, columns), scales
     canvas = np.empty((height, width, 3), image.dtype)
     canvas[:] = np.round(model.mean)
-    canvas[: sides[0], : sides[1]] = image[:height, :width]
-    return canvas, factor
+    canvas[:rows, :columns] = image[:height, :width]
+    return canvas, (rows, columns), scales

@@ -6,14 +6,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
-from .utils import read_config
+from .utils import dicts_in, read_config
 
 
 def runner_parser(description: str) -> argparse.ArgumentParser:
@@ -61,7 +64,127 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if (cfg.get(name) or {}).get('num_workers') == 0:
+            # Without workers, PyTorch refuses these two settings, which the toolboxes' bases have.
+            cfg[name].persistent_workers = False
+            cfg[name].pop('prefetch_factor', None)
     return cfg
+
+
+def find_start(cfg: Config, resume: str | None) -> None:
+    """Set the checkpoint from which a training starts.
+
+    Args:
+        cfg (Config): Config with a ``work_dir``. ``load_from`` and ``resume`` are set.
+        resume (str | None): None: as the config says. A checkpoint: resume from it. ``'auto'``: resume from the newest
+            checkpoint in the work dir. If there is none, start from ``load_from`` of the config.
+    """
+    if resume is None and cfg.get('resume') and not cfg.get('load_from'):
+        # mmengine would find the checkpoint by itself and read it unchecked.
+        resume = 'auto'
+    if resume == 'auto':
+        resume = find_latest_checkpoint(cfg.work_dir)
+        if resume is None:
+            cfg.resume = False
+            origin = f'the weights of {cfg.load_from}' if cfg.get('load_from') else 'the beginning'
+            print_log(f'--resume: {cfg.work_dir} has no checkpoint yet, so training starts from {origin}', 'current')
+            return
+    if resume:
+        cfg.resume, cfg.load_from = True, resume
+
+
+def check_resume(checkpoint: dict[str, Any], path: str) -> None:
+    """Check that mmengine can resume from a checkpoint without running code in it.
+
+    Args:
+        checkpoint (dict): Content of the checkpoint, see :func:`~soft_mm.checkpoints.load_weights`.
+        path (str): File of the checkpoint, for the message.
+
+    Raises:
+        ValueError: If its ``meta`` has a ``config``, which mmengine runs as Python and never writes itself, or is no
+            plain dict. Placeholders as keys or as ``meta`` may hide such an entry.
+    """
+    meta = checkpoint.get('meta')
+    if not isinstance(meta, dict) or 'config' in meta or not all(isinstance(key, str) for key in (*checkpoint, *meta)):
+        raise ValueError(
+            f"{path} is refused: to resume, meta must be a dict without the entry 'config', which mmengine would run "
+            'as code. Give a checkpoint of mmengine, or start from it by load_from without resume'
+        )
+
+
+def use_test_time_augmentation(cfg: Config) -> None:
+    """Set up the evaluation with test-time augmentation, as the toolboxes' own ``--tta`` does.
+
+    Args:
+        cfg (Config): Config with ``tta_model`` and ``tta_pipeline``. The model is wrapped, and the pipeline replaced.
+
+    Raises:
+        ValueError: If the config has none of them, or if it evaluates masks, which mmdet does not merge.
+    """
+    missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
+    if missing:
+        raise ValueError(f'--tta: the config has no {" and no ".join(missing)}: define them, or leave the option out')
+    metrics = (cfg.get('test_evaluator') or {}).get('metric', [])
+    if cfg.tta_model.type.rpartition('.')[2] == 'DetTTAModel' and 'segm' in metrics:
+        raise ValueError(
+            '--tta: mmdet merges boxes but no masks: evaluate boxes alone with --cfg-options test_evaluator.metric=bbox'
+        )
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(cfg.tta_model, module=cfg.model)
+
+
+def show_pictures(cfg: Config, folder: str) -> None:
+    """Let the evaluation draw its predictions of every test image.
+
+    Args:
+        cfg (Config): Config of mmpretrain, mmdet or mmsegmentation.
+        folder (str): Folder of the pictures. mmsegmentation writes to its subfolder ``vis_data/vis_image``.
+    """
+    hook: dict[str, Any] = dict((cfg.get('default_hooks') or {}).get('visualization') or {})
+    folder = os.path.abspath(folder)
+    if cfg.get('default_scope') == 'mmpretrain':
+        hook |= dict(type='VisualizationHook', enable=True, out_dir=folder, interval=1)
+    elif cfg.get('default_scope') == 'mmdet':
+        # The folder is joined to that of the run; an absolute path replaces it.
+        hook |= dict(type='DetVisualizationHook', draw=True, test_out_dir=folder)
+    else:
+        hook |= dict(type='SegVisualizationHook', draw=True, interval=1)
+        cfg.visualizer.save_dir = folder
+    cfg.setdefault('default_hooks', {})
+    cfg.default_hooks.visualization = hook
+
+
+def plain_values(metrics: Any) -> Any:
+    """Convert metrics to values that JSON can represent.
+
+    Args:
+        metrics (Any): Numbers, arrays, tensors, and dicts and lists of them.
+
+    Returns:
+        Any: Numbers, text, lists and dicts. An object of another type becomes its text.
+    """
+    if isinstance(metrics, dict):
+        return {str(key): plain_values(value) for key, value in metrics.items()}
+    if isinstance(metrics, (list, tuple)):
+        return [plain_values(value) for value in metrics]
+    if isinstance(metrics, (np.ndarray, np.generic, torch.Tensor)):
+        return metrics.tolist()
+    return metrics if metrics is None or isinstance(metrics, (bool, int, float, str)) else str(metrics)
+
+
+def revert_sync_batchnorm(model: dict[str, Any]) -> None:
+    """Replace ``SyncBN`` by ``BN`` in the config of a model, because PyTorch synchronises BatchNorm on GPUs only.
+
+    Args:
+        model (dict): Config of the model, changed in place.
+    """
+    for part in dicts_in(model):
+        if part.get('type') in ('SyncBN', 'MMSyncBN'):
+            part['type'] = 'BN'
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -79,6 +202,7 @@ def build_runner(cfg: Config) -> Runner:
         cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False))
         cfg.model_wrapper_cfg.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg.setdefault('device_ids', None)
+        revert_sync_batchnorm(cfg.model)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 

@@ -40,6 +40,39 @@ def read_config(path: str | Path) -> Config:
         return Config.fromfile(path)
 
 
+def dicts_in(config: Any) -> Iterator[dict[str, Any]]:
+    """Yield a config and every dict in it.
+
+    Args:
+        config (Any): Dicts and lists, nested in any way.
+
+    Yields:
+        dict: Each dict, outer ones first.
+    """
+    if isinstance(config, dict):
+        yield config
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for value in config:
+            yield from dicts_in(value)
+
+
+def without_pretrained(model: dict[str, Any]) -> int:
+    """Remove the pretrained weights of each backbone in the config of a model, because a checkpoint sets every weight.
+
+    Args:
+        model (dict): Config of the model, changed in place. Models that wrap others, such as mmdet's ``SoftTeacher``
+            or a model for test-time augmentation, have their backbone at a deeper level.
+
+    Returns:
+        int: Number of backbones.
+    """
+    backbones = [part['backbone'] for part in dicts_in(model) if isinstance(part.get('backbone'), dict)]
+    for backbone in backbones:
+        backbone['init_cfg'] = None
+    return len(backbones)
+
+
 @contextlib.contextmanager
 def toolbox_scope(cfg: Config) -> Iterator[str]:
     """Make the toolbox of a config the default scope of mmengine's registries.

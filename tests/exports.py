@@ -21,6 +21,8 @@ ATTENTIONS = {
         for name in ('Softmax', 'Linformer', 'Performer', 'Nystrom', 'SpatialReduction', 'GaussianKernel')
     },
 }
+# The others can be exported for one image size only.
+EVERY_SIZE = [name for name in ATTENTIONS if name.startswith(('newton', 'cholesky'))]
 SIZE = (96, 128)
 
 

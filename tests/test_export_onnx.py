@@ -4,15 +4,18 @@ import copy
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.structures import InstanceData
 
 from soft_mm import export
 from soft_mm.export import export_onnx, photographs
+from soft_mm.image_models import image_model
 from soft_mm.onnx_model import OnnxModel
 from soft_mm.utils import build_model
 
@@ -169,7 +172,7 @@ def test_file_that_differs_is_not_written(trained, tmp_path, monkeypatch):
         (dict(config='none.py'), 'none.py'),
         (dict(checkpoint='none.pth'), 'none.pth does not exist'),
         (dict(checkpoint='fpn'), 'does not fit the model of this config'),
-        (dict(config='detr'), 'a DeformableDETR of this form cannot be exported: supported are'),
+        (dict(config='detr'), 'a DeformableDETR cannot be exported: supported are ImageClassifier, EncoderDecoder'),
     ],
 )
 def test_what_cannot_be_exported_is_refused(trained, tmp_path, monkeypatch, capsys, change, message):
@@ -186,6 +189,129 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, monkeypatch, caps
     code, said = program(monkeypatch, capsys, 'export_onnx.py', *arguments)
     assert code == 2 and message in said and 'Traceback' not in said
     assert [file.name for file in tmp_path.iterdir()] == ['old.onnx'] and (tmp_path / 'old.onnx').read_text() == 'old'
+
+
+def instances(**changes):
+    boxes = torch.tensor([[10.0, 10.0, 50.0, 60.0], [70.0, 5.0, 90.0, 20.0]])
+    masks = torch.zeros(2, 80, 100, dtype=torch.bool)
+    masks[0, 10:60, 10:50] = masks[1, 5:20, 70:90] = True
+    values = dict(bboxes=boxes, scores=torch.tensor([0.9, 0.5]), labels=torch.tensor([0, 3]), masks=masks) | changes
+    return [SimpleNamespace(pred_instances=InstanceData(**values))]
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(bboxes=instances()[0].pred_instances.bboxes + 0.5),
+        dict(labels=torch.tensor([3, 0])),
+        dict(scores=torch.tensor([0.9, 0.4])),
+        dict(masks=~instances()[0].pred_instances.masks),
+        dict(scores=torch.tensor([0.9, torch.nan])),
+    ],
+)
+def test_other_boxes_do_not_match(changes):
+    assert export._compare_detection(instances(), instances()).startswith('4 of 4 boxes match, to 0.0e+00 pixels')
+    with pytest.raises(ValueError, match='does not match PyTorch: .* boxes match'):
+        export._compare_detection(instances(), instances(**changes))
+
+
+def test_comparison_without_a_box_says_so():
+    nothing = [SimpleNamespace(pred_instances=instances()[0].pred_instances[:0])]
+    assert export._compare_detection(nothing, nothing) == (
+        'no box was found, so none was compared: give --images with objects'
+    )
+    with pytest.raises(ValueError, match='0 of 2 boxes match'):
+        export._compare_detection(nothing, instances())
+
+
+def maps(logits):
+    data = SimpleNamespace(data=logits.argmax(0, keepdim=True))
+    return [SimpleNamespace(seg_logits=SimpleNamespace(data=logits), pred_sem_seg=data)]
+
+
+def test_other_class_maps_do_not_match():
+    logits = torch.randn(3, 20, 30)
+    assert export._compare_segmentation(maps(logits), maps(logits)).startswith('0.0000% of the pixels differ')
+    other = logits.clone()
+    other[:, 4, 5] = -other[:, 4, 5]
+    with pytest.raises(ValueError, match='does not match PyTorch: 0.1667% of the pixels differ'):
+        export._compare_segmentation(maps(logits), maps(other))
+    with pytest.raises(ValueError, match='nan of the largest logit'):
+        export._compare_segmentation(maps(logits * torch.nan), maps(logits))
+
+
+def test_probabilities_that_are_not_numbers_do_not_match():
+    good, bad = torch.tensor([0.7, 0.3]), torch.tensor([0.7, torch.nan])
+    good, bad = (SimpleNamespace(pred_score=score) for score in (good, bad))
+    export._compare_classification([good, good], [good, good])
+    with pytest.raises(ValueError, match='probabilities differ by at most nan'):
+        export._compare_classification([good, good], [good, bad])
+
+
+@pytest.mark.parametrize(
+    ('name', 'change', 'reason'),
+    [
+        ('retinanet', {'model.test_cfg.nms.type': 'soft_nms'}, "suppresses overlapping boxes by {'type': 'soft_nms'"),
+        ('retinanet', {'model.test_cfg.min_bbox_size': 4}, 'min_bbox_size is 4, which depends on the original image'),
+        ('retinanet', {'model.test_cfg.max_per_img': -1}, 'RetinaHead has max_per_img=-1'),
+        ('retinanet', {'model.bbox_head.bbox_coder.clip_border': False}, 'RetinaHead are not clipped to the image'),
+        ('mask-rcnn', {'model.test_cfg.rpn.nms_pre': 0}, 'RPNHead has nms_pre=0'),
+        ('mask-rcnn', {'model.roi_head.bbox_roi_extractor.roi_layer.pool_mode': 'max'}, "pools by ['max']"),
+        ('fpn', {'model.test_cfg': dict(mode='slide', crop_size=(64, 64), stride=(42, 42))}, "'slide' and not 'whole'"),
+        ('classifier', {'model.head.type': 'StackedLinearClsHead', 'model.head.mid_channels': [8]}, 'and not a Linear'),
+    ],
+)
+def test_reasons_are_named(name, change, reason, tmp_path):
+    (tmp_path / 'config.py').write_text(CONFIGS[name])
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    cfg.merge_from_dict(change)
+    with pytest.raises(ValueError, match='cannot be exported, because') as error:
+        image_model(build_model(cfg))
+    assert reason in str(error.value)
+
+
+def test_file_of_another_task_is_not_evaluated(segmentor, trained, monkeypatch, capsys):
+    config, _ = trained['classifier']
+    code, said = program(monkeypatch, capsys, 'test.py', config, segmentor)
+    assert code == 2 and 'is for segmentation, but the config is one of mmpretrain' in said
+    code, said = program(monkeypatch, capsys, 'test.py', trained['fpn'][0], segmentor, '--amp')
+    assert code == 2 and 'takes neither --amp nor --tta nor --launcher' in said
+
+
+def test_file_of_other_classes_is_not_evaluated(segmentor, trained):
+    cfg = Config.fromfile(trained['fpn'][0])
+    export.check_task(OnnxModel(segmentor), cfg)
+    cfg.test_dataloader.dataset.metainfo = dict(classes=['building', 'wall'])
+    with pytest.raises(ValueError, match="but the data set of the config has \\['building', 'wall'\\]"):
+        export.check_task(OnnxModel(segmentor), cfg)
+
+
+def test_images_of_another_form_are_refused(segmentor):
+    model = OnnxModel(segmentor)
+    with pytest.raises(ValueError, match='takes images of uint8, not float32'):
+        model(photographs((), 1, (96, 140)).astype(np.float32))
+
+
+def test_classes_come_from_the_checkpoint_or_the_config(tmp_path):
+    cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dict(type='ADE20KDataset'))))
+    recorded = dict(classes=('a', 'b'), palette=[[1, 2, 3], [4, 5, 6]])
+    assert export.class_names(cfg, dict(meta=dict(dataset_meta=recorded))) == recorded
+    names = export.class_names(cfg, {})
+    assert names['classes'][:2] == ('wall', 'building') and len(names['palette']) == 150
+    cfg.test_dataloader.dataset.metainfo = dict(classes=('building', 'sky'))
+    names = export.class_names(cfg, dict(meta={}))
+    assert names['classes'] == ('building', 'sky') and names['palette'] == [[180, 120, 120], [6, 230, 230]]
+    (tmp_path / 'names.txt').write_text('one\ntwo\n')
+    cfg.test_dataloader.dataset.metainfo = dict(classes=str(tmp_path / 'names.txt'))
+    names = export.class_names(cfg, {})
+    assert names['classes'] == ['one', 'two'] and names['palette'] is None
+
+
+def test_images_in_memory_are_refused():
+    pipeline = [dict(type='PackInputs')]
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dict(pipeline=pipeline)))))
+    with pytest.raises(ValueError, match='has no LoadImageFromFile, so the order of the colour channels is not known'):
+        export._check_reading(cfg)
 
 
 def test_missing_packages_are_named(trained, tmp_path, monkeypatch):

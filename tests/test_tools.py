@@ -16,6 +16,7 @@ import pytest
 import torch
 from authors import Harmful
 from digits_workspace import CLASSIFIER, DENSE, OPTIONS, ROOT
+from mmengine.config import Config
 
 ADE20K = ROOT / 'configs/ade20k/upernet_soft-tiny-norm_8xb2-160k_ade20k-512x512.py'
 TEST_OPTIONS = ['test_dataloader.num_workers=0']
@@ -268,3 +269,44 @@ def test_two_processes_train_and_evaluate(workspace, tmp_path):
     assert together == json.loads((workspace / 'one.json').read_text())
     done = launch('dist_train.sh', CLASSIFIER)
     assert done.returncode == 2 and 'usage: ' in done.stderr
+
+
+@pytest.mark.parametrize('task', ['classification', 'mask-rcnn', 'fpn'])
+def test_evaluation_with_augmentation_and_pictures(workspace, checkpoints, tmp_path, task):
+    """With the test-time augmentation of the zoo's configs, at smaller sizes."""
+    part = dict(classification='tta/classification', fpn='datasets/ade20k_512x512').get(task, 'tta/detection')
+    cfg, zoo = Config.fromfile(config_of(workspace, task)), Config.fromfile(ROOT / f'configs/_base_/{part}.py')
+    cfg.tta_model = zoo.get('tta_model', dict(type='SegTTAModel'))
+    cfg.tta_pipeline = zoo.tta_pipeline
+    if task == 'classification':
+        cfg.tta_pipeline[1].scale, cfg.tta_pipeline[2].crop_size = 72, 64
+    else:
+        transforms = cfg.tta_pipeline[1].transforms
+        transforms[0] = [dict(type='Resize', scale=scale, keep_ratio=True) for scale in ((160, 120), (200, 150))]
+    if task == 'fpn':
+        transforms[2] = [dict(type='LoadAnnotations')]
+    cfg.dump(tmp_path / 'config.py')
+    metric = ['test_evaluator.metric=bbox'] if task == 'mask-rcnn' else []
+    options = ['--tta', '--json', tmp_path / 'metrics.json']
+    if task != 'classification':
+        options += ['--show-dir', tmp_path / 'pictures']
+    options += ['--work-dir', tmp_path / 'work', '--cfg-options', *TEST_OPTIONS, *metric]
+    done = tool('test.py', tmp_path / 'config.py', checkpoints[task], *options, cwd=workspace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / 'metrics.json').read_text())
+    if task != 'classification':
+        assert len(list((tmp_path / 'pictures').rglob('*.*'))) == 3
+        return
+    done = tool(
+        'test.py', CLASSIFIER, checkpoints[task], *options[1:], '--show-dir', tmp_path / 'pictures', cwd=workspace
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / 'pictures').rglob('*.*'))) == 6
+    done = tool('test.py', tmp_path / 'config.py', checkpoints[task], *options, '--show-dir', 'pictures', cwd=workspace)
+    assert done.returncode == 2 and 'mmpretrain draws no pictures of augmented images' in done.stderr
+
+
+def test_augmentation_without_a_definition_is_refused(workspace, checkpoints):
+    options = ['--tta', '--cfg-options', *TEST_OPTIONS]
+    done = tool('test.py', CLASSIFIER, checkpoints['classification'], *options, cwd=workspace)
+    assert done.returncode == 2 and '--tta: the config has no tta_model and no tta_pipeline' in done.stderr

@@ -30,6 +30,7 @@ def names():
         yield from (f'coco/{head}_soft-{arch}-norm_fpn_1x_coco' for head in ('retinanet', 'mask-rcnn'))
         yield f'ade20k/upernet_soft-{arch}-norm_8xb2-160k_ade20k-512x512'
     yield from (f'ade20k/fpn_soft-{arch}-norm_8xb4-80k_ade20k-512x512' for arch in ('tiny', 'small'))
+    yield 'ade20k/upernet_soft-small-norm_8xb2-160k-layer-decay_ade20k-512x512'
     yield 'coco/mask-rcnn_soft-small-norm_fpn_ms-crop-3x_coco'
     yield 'coco/deformable-detr_soft-tiny-norm_16xb2-50e_coco'
     yield 'cityscapes/mask2former_soft-tiny-norm_8xb2-90k_cityscapes-512x1024'

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from soft_mm.complexity import config_complexity
@@ -26,7 +27,8 @@ def main():
         parts = config_complexity(args.config, tuple(args.shape), args.backbone)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    table = Table('part', 'parameters', 'multiply-adds', title=f'{args.config} at {args.shape[0]}x{args.shape[1]}')
+    title = escape(f'{args.config} at {args.shape[0]}x{args.shape[1]}')
+    table = Table('part', 'parameters', 'multiply-adds', title=title)
     for part in parts:
         table.add_row(part.name or 'whole', f'{part.parameters / 1e6:.2f} M', f'{part.multiply_adds / 1e9:.3f} G')
     # Outside a terminal, rich assumes 80 columns and would truncate the table.

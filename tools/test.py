@@ -5,15 +5,31 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 
+from soft_mm.export import check_task
 from soft_mm.inference import check_weights, read_whole_model
 from soft_mm.onnx_model import OnnxModel
-from soft_mm.runner import build_runner, load_config, missing_files, runner_parser
+from soft_mm.runner import (
+    build_runner,
+    load_config,
+    missing_files,
+    plain_values,
+    runner_parser,
+    show_pictures,
+    use_test_time_augmentation,
+)
+from soft_mm.utils import without_pretrained
 
 
 def main():
     parser = runner_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file, or its http(s) address, or file of export_onnx.py')
     parser.add_argument('--json', metavar='FILE', help='write the metrics to this JSON file')
+    parser.add_argument(
+        '--show-dir', metavar='FOLDER', help='draw the predictions of every test image into this folder'
+    )
+    parser.add_argument(
+        '--tta', action='store_true', help='test-time augmentation: tta_model, tta_pipeline of the config'
+    )
     args = parser.parse_args()
     with missing_files():
         try:
@@ -21,16 +37,25 @@ def main():
             exported = args.checkpoint.endswith('.onnx')
             try:
                 if exported:
-                    # Read here first, because an error inside the runner would name its own classes.
-                    OnnxModel(args.checkpoint)
+                    if args.amp or args.tta or args.launcher != 'none':
+                        parser.error(f'{args.checkpoint} takes neither --amp nor --tta nor --launcher: leave them out')
+                    # Checked here, because the runner adds the names of its own classes to a message.
+                    check_task(OnnxModel(args.checkpoint), cfg)
                     cfg.model, cfg.load_from = dict(type='OnnxTestModel', file=args.checkpoint), None
                 else:
                     # Read safely first, because mmengine would run code in the file.
                     cfg.load_from, weights = read_whole_model(args.checkpoint)
-                    # The checkpoint sets every weight, so pretrained weights are not needed.
-                    cfg.model.backbone.init_cfg = None
+                    without_pretrained(cfg.model)
+                    # Resuming would run the config in the metadata of the checkpoint.
+                    cfg.resume = False
             except FileNotFoundError as error:
                 parser.error(str(error))
+            if args.tta:
+                use_test_time_augmentation(cfg)
+            if args.show_dir:
+                if args.tta and cfg.get('default_scope') == 'mmpretrain':
+                    parser.error('--show-dir: mmpretrain draws no pictures of augmented images: leave out one of both')
+                show_pictures(cfg, args.show_dir)
             if args.amp:
                 cfg.test_cfg.fp16 = True
             runner = build_runner(cfg)
@@ -38,10 +63,16 @@ def main():
                 check_weights(runner.model, weights, args.checkpoint)
         except ValueError as error:
             parser.error(str(error))
-        metrics = runner.test()
+        try:
+            metrics = runner.test()
+        except ValueError as error:
+            if not exported:
+                raise
+            # Such as an image of another size than that of the file.
+            parser.error(str(error))
     if args.json and is_main_process():
         # Not written atomically, because a device such as /dev/stdout cannot be renamed.
-        Path(args.json).write_text(json.dumps({key: float(value) for key, value in metrics.items()}, indent=2) + '\n')
+        Path(args.json).write_text(json.dumps(plain_values(metrics), indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ import torch
 from soft_mm.checkpoints.matching import check_normalized
 from soft_mm.inference import read_whole_model
 from soft_mm.models.attention.softmax_free import normalized_options
-from soft_mm.runner import build_runner, load_config, missing_files, runner_parser
+from soft_mm.runner import build_runner, check_resume, find_start, load_config, missing_files, runner_parser
 
 
 def main():
@@ -14,19 +14,21 @@ def main():
         '--resume',
         nargs='?',
         const='auto',
-        help='resume from the given checkpoint, or without a value from the newest checkpoint in the work dir',
+        help='resume from the given checkpoint, or without a value from the newest checkpoint in the work dir; '
+        'if there is none, start from load_from of the config',
     )
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the actual batch size')
     args = parser.parse_args()
     with missing_files():
         cfg = load_config(parser, args)
-        if args.resume:
-            cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
+        find_start(cfg, args.resume)
         content = {}
         if cfg.get('load_from'):
             try:
                 # Read safely first, because mmengine would run code in the file.
                 cfg.load_from, content = read_whole_model(cfg.load_from)
+                if cfg.get('resume'):
+                    check_resume(content, cfg.load_from)
             except (FileNotFoundError, ValueError) as error:
                 parser.error(str(error))
         if args.amp:
@@ -38,6 +40,7 @@ def main():
             if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
                 parser.error(f'--auto-scale-lr: set auto_scale_lr = dict(base_batch_size=...) in {args.config} first')
             cfg.auto_scale_lr.enable = True
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='soft_mm.MissingGradientHook')]
         runner = build_runner(cfg)
         try:
             check_normalized(content, normalized_options(runner.model), cfg.load_from)

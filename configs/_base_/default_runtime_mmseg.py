@@ -14,6 +14,8 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
+# Test-time augmentation averages the scores of each pixel.
+tta_model = dict(type='SegTTAModel')
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
 load_from = None

@@ -1,6 +1,7 @@
 _base_ = [
     'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
     '../_base_/models/soft_dense_backbone.py',
+    '../_base_/tta/detection.py',
 ]
 
 # ImageNet weights: from the authors, converted by tools/convert_checkpoint.py, or trained with configs/imagenet.

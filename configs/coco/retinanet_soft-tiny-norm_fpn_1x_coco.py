@@ -1,6 +1,7 @@
 _base_ = [
     'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py',
     '../_base_/models/soft_dense_backbone.py',
+    '../_base_/tta/detection.py',
 ]
 
 # ImageNet weights: from the authors, converted by tools/convert_checkpoint.py, or trained with configs/imagenet.

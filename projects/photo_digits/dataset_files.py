@@ -131,7 +131,8 @@ def _make_manifest(generators):
 
 
 def _remove_files(out, options):
-    for split, kinds in options.items():
+    # The manifest may have been changed: no name in it may lead outside the folder.
+    for split, kinds in ((split, options[split]) for split in SPLITS if split in options):
         for index in range(kinds['crop']['length']):
             for name in CLASSES:
                 (out / split / 'crops' / name / _file_name(index)).unlink(missing_ok=True)

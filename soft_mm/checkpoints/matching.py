@@ -1,11 +1,13 @@
 """Comparison of a checkpoint with the model that should load it."""
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -34,7 +36,8 @@ def conversion_command(source: str, target: str, normalized: bool) -> str:
     """
     tool = Path(__file__).resolve().parents[2] / 'tools' / 'convert_checkpoint.py'
     name = tool if tool.is_file() else 'tools/convert_checkpoint.py'
-    return f'`python {name} {source} {target}{" --normalized" * normalized}`'
+    command = ['python', str(name), source, target, *['--normalized'] * normalized]
+    return f'`{shlex.join(command)}`'
 
 
 def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
@@ -170,6 +173,41 @@ class BackboneFit:
     report: str
 
 
+def adapt_channels(
+    state_dict: Mapping[str, Tensor], prefix: str, channels: int, rule: str | None
+) -> tuple[Mapping[str, Tensor], str]:
+    """Change the first convolution of a checkpoint for images with another number of channels.
+
+    Args:
+        state_dict (dict[str, Tensor]): State dict of the checkpoint.
+        prefix (str): Prefix of the backbone's keys in the checkpoint.
+        channels (int): Channels ``C`` of the images.
+        rule (str | None): ``'mean'``: every channel gets the mean weight of the checkpoint's ``c`` channels, times
+            ``c / C``, so an image with equal channels gives the same output. ``'zero'``: new channels get zeros and
+            come last, so the output does not depend on them at first. None: no change.
+
+    Returns:
+        tuple[dict[str, Tensor], str]: State dict, and a text for the log, empty without a change.
+
+    Raises:
+        ValueError: If the rule is unknown, or is ``'zero'`` for fewer channels than the checkpoint has.
+    """
+    if rule not in (None, 'mean', 'zero'):
+        raise ValueError(f"new_channels={rule!r} in init_cfg: expected 'mean', 'zero' or None")
+    key = f'{prefix}{"." * (prefix != "" and not prefix.endswith("."))}stages.0.patch_embed.0.weight'
+    weight = state_dict.get(key)
+    if rule is None or weight is None or weight.ndim != 4 or weight.shape[1] == channels:
+        return state_dict, ''
+    given = weight.shape[1]
+    if rule == 'mean':
+        new = weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (given / channels)
+    elif channels > given:
+        new = torch.cat([weight, weight.new_zeros(len(weight), channels - given, *weight.shape[2:])], 1)
+    else:
+        raise ValueError(f"new_channels='zero' cannot make {given} channels {channels}: set new_channels='mean'")
+    return {**state_dict, key: new}, f'; {key} changed from {given} to {channels} channels by the rule {rule!r}'
+
+
 def match_backbone(
     state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str, path: str, normalized: bool
 ) -> BackboneFit:
@@ -204,6 +242,8 @@ def match_backbone(
         if len(diff.missing) == len(expected):
             prefixes = sorted({key.split('.')[0] for key in state_dict})
             hint = f'. The checkpoint has keys under {prefixes}: set `prefix` in init_cfg'
+        elif any('stages.0.patch_embed.0.weight' in text for text in diff.misshapen):
+            hint = ". For images with another number of channels, set new_channels='mean' or 'zero' in init_cfg"
         raise ValueError(
             f'the checkpoint {path} ({describe_backbone(found)}) does not fit this SOFT backbone '
             f'({describe_backbone(expected)}), prefix {prefix!r}: {diff}{hint}'

@@ -2,13 +2,16 @@
 
 Every file is read by ``torch.load(weights_only=True)``. Checkpoints of mmengine's runner hold more than tensors: log
 histories, settings and NumPy arrays. Each of these objects is read as an empty placeholder. The classes to replace are
-``_PLACEHOLDERS`` and all classes of mmengine that the file names. A file with any other object is refused.
+``_PLACEHOLDERS`` and no others: a toolbox may read the file again and build the real objects, so a name on this list
+must be harmless to call with any arguments. A file with any other object is refused.
 """
 
 import argparse
 import codecs
 import contextlib
 import hashlib
+import io
+import os
 import pickle
 import re
 import sys
@@ -46,14 +49,14 @@ def local_file(source: str | Path) -> str:
         source (str | Path): File, or http or https address.
 
     Returns:
-        str: Local file.
+        str: Local file, with ``~`` replaced by the home folder.
 
     Raises:
         ValueError: If the address has another scheme, or the download fails.
     """
     source = str(source)
     if not is_address(source):
-        return source
+        return os.path.expanduser(source)
     address = urlparse(source)
     if address.scheme not in ('http', 'https'):
         raise ValueError(f'{source}: expected a file, or an http or https address; download the file and give its path')
@@ -102,7 +105,7 @@ def load_weights(source: str | Path) -> dict[str, Any]:
     """
     file = local_file(source)
     try:
-        content = _read(file, [*_PLACEHOLDERS, *_mmengine_placeholders(file)])
+        content = _read(file, _PLACEHOLDERS)
         if not file.endswith('.safetensors'):
             return content
         with import_safetensors(file).safe_open(file, 'pt') as opened:
@@ -135,11 +138,14 @@ def import_safetensors(path: str | Path) -> ModuleType:
 
 
 def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist')
     with path.open('rb') as file:
-        start = file.read(512).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+        head = file.read(512)
+    # PyTorch recognises its archives by this alone.
+    is_archive = head.startswith(b'PK\x03\x04')
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if start.startswith((b'<!', b'<html', b'<?xml')):
         raise ValueError(f'{path} is a web page, not a checkpoint: download the file itself')
     if path.suffix == '.safetensors':
@@ -150,7 +156,11 @@ def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
             raise ValueError(
                 f'{path} cannot be read as safetensors, it may be cut off: {error}; copy it again'
             ) from None
-    if _is_script(path):
+    try:
+        script = _is_script(path, is_archive)
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+        raise ValueError(f'{path} is not a checkpoint of PyTorch, or is cut off ({error})') from None
+    if script:
         # PyTorch before 2.6 runs the code of such archives even with weights_only.
         raise ValueError(
             f'{path} is refused: it is a TorchScript or tar archive, which may run code when it is read; give a file '
@@ -158,6 +168,8 @@ def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
         )
     try:
         with _admit(safe_globals):
+            if _TRUSTS_SIZES and is_archive:
+                _check_storages(path)
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
         # For files of other formats, the unpickler raises exceptions of many types.
@@ -174,11 +186,39 @@ def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
     return loaded
 
 
-def _is_script(path: Path) -> bool:
-    if zipfile.is_zipfile(path):
+def _is_script(path: Path, is_archive: bool) -> bool:
+    if is_archive or zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith('/constants.pkl') for name in archive.namelist())
     return tarfile.is_tarfile(path)
+
+
+# PyTorch before 2.10 reads beyond the end of a storage whose size in the pickle is too large (CVE-2026-24747).
+_TRUSTS_SIZES = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10)
+
+
+def _check_storages(path: Path) -> None:
+    """Compare the sizes of all storages in the pickle of a zip archive with the data in the archive."""
+    from torch._weights_only_unpickler import Unpickler
+
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    sizes: dict[str, int] = {}
+
+    def persistent_load(saved: tuple[Any, ...]) -> Any:
+        _, storage_type, key, _, count = saved
+        dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
+        size = count * torch.empty((), dtype=dtype).element_size()
+        if key not in sizes:
+            sizes[key] = len(reader.get_record(f'data/{key}'))
+        if sizes[key] != size:
+            raise ValueError(f'the data of storage {key} do not have {size} bytes')
+        # Without data, so nothing that the pickle does with it touches memory.
+        storage = torch.UntypedStorage(size, device='meta')
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+    unpickler: Any = Unpickler(io.BytesIO(reader.get_record('data.pkl')), encoding='utf-8')
+    unpickler.persistent_load = persistent_load
+    unpickler.load()
 
 
 _OLD_TORCH = '' if hasattr(torch.serialization, 'add_safe_globals') else ' (the last two need PyTorch 2.4 or newer)'
@@ -229,7 +269,8 @@ class _Attribute(_Placeholder):
 
     def __init__(self, owner: object, name: str) -> None:
         # An attribute of a real object may be code.
-        if not (isinstance(owner, type) and issubclass(owner, _Placeholder)) or name.startswith('__'):
+        ours = isinstance(owner, type) and issubclass(owner, _Placeholder) and owner.__module__.startswith('mmengine.')
+        if not ours or name.startswith('__'):
             raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name}')
 
 
@@ -250,17 +291,3 @@ _NAMES = (
 )
 _PLACEHOLDERS = [_placeholder(f'{module}.getattr', _Attribute) for module in _BUILTINS]
 _PLACEHOLDERS += [_placeholder(name) for name in _NAMES]
-
-
-def _mmengine_placeholders(path: str) -> list[type]:
-    """Return placeholders for all classes of mmengine in a file, if this version of PyTorch can list them."""
-    list_globals = getattr(torch.serialization, 'get_unsafe_globals_in_checkpoint', None)
-    if list_globals is None or not zipfile.is_zipfile(path):
-        return []
-    try:
-        names = list_globals(path)
-    except Exception:
-        # The file is damaged, which _read reports with a better message.
-        return []
-    known = {f'{cls.__module__}.{cls.__qualname__}' for cls in _PLACEHOLDERS}
-    return [_placeholder(name) for name in names if name.startswith('mmengine.') and name not in known]

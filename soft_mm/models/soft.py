@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.checkpoints.matching import check_normalized, conversion_command, find_state_dict, match_backbone
+from soft_mm.checkpoints.matching import (
+    adapt_channels,
+    check_normalized,
+    conversion_command,
+    find_state_dict,
+    match_backbone,
+)
 from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate
 from soft_mm.ops.recording import has_dynamic_side, is_tracing, needs_standard_operators
@@ -44,6 +50,12 @@ from .blocks import SoftmaxBlock, SoftmaxFreeBlock, reset_parameters
 
 STEM_DIMS = 32
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
+# What to do about keywords that configs of other backbones have.
+_HINTS = dict(
+    pretrained='set model.pretrained=None and _delete_=True in the backbone if the config inherits from one of another '
+    'backbone, and name the weights of SOFT in init_cfg',
+    norm_cfg="leave it out; to synchronise BatchNorm between GPUs, set sync_bn='torch' in the config",
+)
 
 
 class PatchEmbed(nn.Sequential):
@@ -138,7 +150,7 @@ class SOFTStage(BaseModule):
 
         Returns:
             tuple[Tensor, tuple[int, int]]: Tokens after the last block, and their grid ``(H', W')``. The tokens are
-            ``(B, H' * W', C)``, or ``(B, 1 + H' * W', C)`` with the class token first.
+            ``(B, H' * W', C)``, or with a class token, which comes first, ``(B, 1 + H' * W', C)`` after the LayerNorm.
         """
         if not needs_standard_operators():
             # In channels-last format, a map and its tokens have the same memory layout, so no copy is needed.
@@ -146,9 +158,12 @@ class SOFTStage(BaseModule):
         x = self.patch_embed(x)
         grid = (x.shape[-2], x.shape[-1])
         if is_tracing():
-            # A trace holds the branches of one grid. For another grid, the next addition fails.
+            # A trace is for one grid. With another one, the addition in place fails, because it does not broadcast.
             grid = (int(grid[0]), int(grid[1]))
-        x = (x + resize_pos_embed(self.pos_embed, grid)).permute(0, 2, 3, 1).flatten(1, 2)
+            x = x.clone().add_(resize_pos_embed(self.pos_embed, grid))
+        else:
+            x = x + resize_pos_embed(self.pos_embed, grid)
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
         if self.class_token:
             x = torch.cat([(self.cls_token + self.cls_pos_embed).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x)
@@ -157,7 +172,7 @@ class SOFTStage(BaseModule):
                 x = checkpoint(block, x, grid, use_reentrant=False)
             else:
                 x = block(x, grid)
-        return x, grid
+        return (self.norm(x) if self.class_token else x), grid
 
 
 @MMENGINE_MODELS.register_module()
@@ -195,8 +210,9 @@ class SOFT(BaseModule):
         norm_eval (bool): Whether to keep every BatchNorm in evaluation mode during training. Defaults to False.
         with_cp (bool): Whether to recompute the blocks in the backward pass to save memory. Defaults to False.
         init_cfg (dict | list[dict] | None): See mmengine's ``BaseModule``. With ``type='Pretrained'``, the checkpoint
-            must have every parameter in the expected shape, except for the grid of the position embeddings. Defaults to
-            None: the authors' initialisation.
+            must have every parameter in the expected shape, except for the grid of the position embeddings. For images
+            of other channels than in the checkpoint, it takes the key ``new_channels``, see
+            :func:`soft_mm.checkpoints.matching.adapt_channels`. Defaults to None: the authors' initialisation.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -230,7 +246,8 @@ class SOFT(BaseModule):
     ) -> None:
         if unknown:
             allowed = [name for name in inspect.signature(SOFT).parameters if name != 'unknown']
-            raise TypeError(f'SOFT does not take the keywords {sorted(unknown)}; allowed are {allowed}')
+            hints = ''.join(f'. {name}: {_HINTS[name]}' for name in sorted(unknown) if name in _HINTS)
+            raise TypeError(f'SOFT does not take the keywords {sorted(unknown)}; allowed are {allowed}{hints}')
         super().__init__(init_cfg)
         self.arch = parse_arch(arch)
         attentions = parse_attention(attention)
@@ -295,20 +312,23 @@ class SOFT(BaseModule):
         if not isinstance(path, str):
             raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected the key checkpoint with a file or an address')
         normalized = normalized_options(self)
-        if not is_address(path) and not os.path.isfile(path):
+        if not is_address(path) and not os.path.isfile(os.path.expanduser(path)):
             raise FileNotFoundError(
                 f'init_cfg names the checkpoint {path!r}, which does not exist. To convert weights of the authors, run '
                 f'{conversion_command("SRC", path, any(normalized))}. To train without a checkpoint, set init_cfg=None'
             )
         target, content = self.state_dict(), load_weights(path)
-        fit = match_backbone(find_state_dict(content, path), target, prefix, path, any(normalized))
+        state_dict, adapted = adapt_channels(
+            find_state_dict(content, path), prefix, self.in_channels, pretrained[-1].get('new_channels')
+        )
+        fit = match_backbone(state_dict, target, prefix, path, any(normalized))
         check_normalized(content, normalized, path)
         weights = {
             key: resize_pos_embed(value, target[key].shape[-2:]) if key in fit.resized else value
             for key, value in fit.weights.items()
         }
         self.load_state_dict(weights)
-        print_log(fit.report, 'current', logging.INFO)
+        print_log(fit.report + adapted, 'current', logging.INFO)
         self._is_init = True
 
     def _freeze_stages(self) -> None:
@@ -339,6 +359,34 @@ class SOFT(BaseModule):
                         module.eval()
         return self
 
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, H, W); for another number of '
+                'channels, set in_channels'
+            )
+        if min(x.shape[-2:]) < MIN_SIDE:
+            raise ValueError(
+                f'input of {x.shape[-2]}x{x.shape[-1]} pixels: expected both sides >= {MIN_SIDE}; '
+                'enlarge the image, or pad it by the data_preprocessor: pad_size_divisor=32 in mmdet and mmpretrain, '
+                'size_divisor=32 and test_cfg=dict(size_divisor=32) in mmsegmentation'
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f'input of {x.dtype}: expected floating-point numbers; normalise images with the data_preprocessor'
+            )
+        stage: Any = self.stages[0]
+        if x.device != stage.pos_embed.device:
+            raise ValueError(f'input on {x.device}, but the backbone is on {stage.pos_embed.device}: move one of them')
+        stage = self.stages[-1]
+        norm = stage.patch_embed[1]
+        single = isinstance(norm, nn.BatchNorm2d) and norm.training and x.shape[0] == 1
+        if single and max(x.shape[-2:]) <= 2 ** (len(self.stages) + 1):
+            raise ValueError(
+                f'BatchNorm cannot be trained on one image of {x.shape[-2]}x{x.shape[-1]} pixels, which is a single '
+                'value at the last stage: use more images per batch, larger images, or norm_eval=True'
+            )
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of the stages of ``out_indices``.
 
@@ -352,24 +400,15 @@ class SOFT(BaseModule):
             token. With ``out_type='cls_token'``, the last output is the class token ``(B, C4)`` after that LayerNorm.
 
         Raises:
-            ValueError: If the number of dimensions or channels is wrong, or a side is shorter than 32 pixels.
+            ValueError: If the number of dimensions or channels, the dtype or the device is wrong, a side is shorter
+                than 32 pixels, or BatchNorm would be trained on a single value.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, H, W); for another number of '
-                'channels, set in_channels'
-            )
-        if min(x.shape[-2:]) < MIN_SIDE:
-            raise ValueError(
-                f'input of {x.shape[-2]}x{x.shape[-1]} pixels: expected both sides >= {MIN_SIDE}; '
-                'enlarge or pad the image'
-            )
+        self._check_input(x)
         outputs = []
         stage: Any
         for i, stage in enumerate(self.stages):
             tokens, grid = stage(x)
             if stage.class_token:
-                tokens = stage.norm(tokens)
                 if self.out_type == 'cls_token':
                     outputs.append(tokens[:, 0])
                     break

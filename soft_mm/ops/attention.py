@@ -116,8 +116,8 @@ def middle_matrix(
     if solver == 'svd':
         if present is not None:
             raise NotImplementedError(
-                "solver='svd' with bounded landmarks cannot be exported for variable image sides: export one size, or "
-                "set solver='cholesky'"
+                "solver='svd' with bounded landmarks cannot be exported for variable image sides, nor strictly: export "
+                "one size, or set solver='cholesky'"
             )
         inverse, kernel = pseudo_inverse(landmarks)
     else:

@@ -87,11 +87,12 @@ def newton_inverse(kernel: Tensor, iterations: int = 20, ridge: float = 0.01, ba
         return _OneStepNewton.apply(kernel, iterations, ridge)
     step = _plain_step(kernel)
     matrix = add_ridge(kernel, ridge)
-    if backward == 'exact' or not (torch.is_grad_enabled() and kernel.requires_grad):
+    if backward == 'exact' or torch.onnx.is_in_onnx_export():
         return _iterate(matrix, step * matrix, iterations)
+    # An exported program may be trained, even if gradients are disabled now.
     inverse = _iterate(matrix.detach(), (step * matrix).detach(), iterations)
     # The added term is 0. Its gradient is that of the true inverse.
-    return inverse - inverse.mT @ (kernel - kernel.detach()) @ inverse.mT
+    return inverse - inverse @ (kernel - kernel.detach()) @ inverse
 
 
 @without_autocast
@@ -122,8 +123,9 @@ def newton_inverse_per_image(kernel: Tensor, iterations: int = 20) -> Tensor:
         column_sum = (1 - candidates * square_diagonal).abs() + candidates * (square_sum - square_diagonal)
         too_large = column_sum.amax((-2, -1)) > 1.01
         # The first candidate within the bound, or the last one if none is.
-        # A cumulative sum, because ONNX has no cumulative product.
-        before = (~too_large[:, :-1]).to(kernel.dtype).cumsum(1) == 0
+        # A cumulative sum, because ONNX has no cumulative product. It has integers, because CUDA sums other numbers in
+        # no fixed order.
+        before = (~too_large[:, :-1]).long().cumsum(1) == 0
         halving = 0.5 ** before.to(kernel.dtype).sum(1)
     return _iterate(kernel, (step * halving)[:, None, None, None] * kernel, iterations)
 
@@ -168,6 +170,9 @@ def converged_newton_inverse(matrix: Tensor, ridge: float, iterations: int) -> T
 def iterations_to_converge(count: int, ridge: float) -> int:
     """Return the Newton iterations after which the inverse of ``A + ridge * I`` is exact in float32.
 
+    If the number of landmarks is a variable of an export, it is taken as 2^20. More iterations than necessary change
+    nothing but the time.
+
     The eigenvalues of ``A`` are at most ``count``, so the condition number is at most ``count / ridge + 1``. After
     ``k`` iterations the relative error is at most ``(1 - 2 / condition) ** (2 ** k)``.
 
@@ -178,6 +183,7 @@ def iterations_to_converge(count: int, ridge: float) -> int:
     Returns:
         int: Iterations for a relative error of at most 1e-8, plus one.
     """
+    count = 2**20 if isinstance(count, torch.SymInt) else int(count)
     return math.ceil(math.log2(10 * (count / ridge + 1))) + 1
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernel import compute_dtype, without_autocast
-from .recording import has_dynamic_side, needs_standard_operators
+from .recording import has_variable, needs_standard_operators
 
 
 @without_autocast
@@ -32,15 +32,14 @@ def project_patches(q: Tensor, grid: tuple[int, int], weight: Tensor) -> tuple[T
     rows, columns = (int(side) for side in weight.shape[-2:])
     dtype = compute_dtype(q)
     maps = q.to(dtype).reshape(B, heads, H, W, d)
-    if has_dynamic_side(grid):
+    if has_variable(grid):
         # An export cannot decide whether a side is shorter than a patch. For the backbone's images none is.
-        maps = maps.flatten(0, 1).permute(0, 3, 1, 2)
-        maps = F.conv2d(maps, weight.to(dtype), stride=(rows, columns))
-        return maps.flatten(2).transpose(1, 2).unflatten(0, (B, heads)), (maps.shape[-2], maps.shape[-1])
-    out_h, out_w = max(H // rows, 1), max(W // columns, 1)
-    for dim, side, r in ((2, H, rows), (3, W, columns)):
-        if side < r:
-            maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
+        out_h, out_w = H // rows, W // columns
+    else:
+        out_h, out_w = max(H // rows, 1), max(W // columns, 1)
+        for dim, side, r in ((2, H, rows), (3, W, columns)):
+            if side < r:
+                maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
     patches = maps[:, :, : out_h * rows, : out_w * columns].reshape(B, heads, out_h, rows, out_w, columns, d)
     patches = patches.transpose(3, 4).reshape(B, heads, out_h * out_w, rows * columns * d)
     return F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1)), (out_h, out_w)
@@ -149,8 +148,8 @@ def mean_landmarks(tokens: Tensor, grid: tuple[int, int], out_grid: tuple[int, i
     if tuple(grid) == tuple(out_grid):
         return tokens
     B, heads, _, d = tokens.shape
-    if needs_standard_operators():
-        # ONNX has no adaptive pooling.
+    if needs_standard_operators() or torch.are_deterministic_algorithms_enabled():
+        # ONNX has no adaptive pooling, and CUDA has no deterministic gradient of it.
         rows, columns = (
             _cell_weights(torch.arange(cells, device=tokens.device), cells, side, tokens.dtype)
             for cells, side in zip(out_grid, grid)

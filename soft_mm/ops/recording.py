@@ -7,9 +7,25 @@ import torch
 _compiler = getattr(torch, 'compiler', None)
 # PyTorch before 2.3 has no `is_compiling`, before 2.7 no `is_exporting`.
 is_compiling: Callable[[], bool] = getattr(_compiler, 'is_compiling', lambda: False)
-_is_exporting: Callable[[], bool] = getattr(_compiler, 'is_exporting', lambda: False)
+_is_dynamo_compiling: Callable[[], bool] = getattr(_compiler, 'is_dynamo_compiling', lambda: False)
+CAN_EXPORT = hasattr(_compiler, 'is_exporting')
 # torch.jit does not declare it as public.
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+_is_transformed: Callable[[], bool] = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
+
+
+def is_exporting() -> bool:
+    """Return whether ``torch.export`` records the computation, strictly or not.
+
+    ``torch.compiler.is_exporting`` is also True inside ``torch.compile``, so its flag is read. If a later PyTorch has
+    no flag, compiled code uses standard operators: slower, with the same numbers.
+
+    Returns:
+        bool: True inside an export.
+    """
+    if not CAN_EXPORT:
+        return False
+    return getattr(torch.compiler, '_is_exporting_flag', True) and torch.compiler.is_exporting()
 
 
 def needs_standard_operators() -> bool:
@@ -21,21 +37,31 @@ def needs_standard_operators() -> bool:
     Returns:
         bool: True inside an export, a trace or a transform.
     """
-    if _is_exporting() or is_tracing():
+    if is_exporting() or is_tracing():
         return True
     # `torch.compile` cannot trace the next two.
-    return not is_compiling() and (torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active())
+    return not is_compiling() and (torch.onnx.is_in_onnx_export() or _is_transformed())
 
 
 def has_dynamic_side(sides: Sequence[int]) -> bool:
-    """Return whether sides of a grid are variables of ``torch.export`` instead of numbers.
+    """Return whether sides of a grid may be variables of ``torch.export`` instead of numbers.
 
     Args:
         sides (tuple[int, ...]): Sides.
 
     Returns:
-        bool: True if a side may be a variable. In a strict export, variables cannot be told from numbers.
+        bool: True if a side is a variable, and in a strict export, where variables cannot be told from numbers.
     """
-    if not _is_exporting():
-        return False
-    return torch.compiler.is_dynamo_compiling() or any(isinstance(side, torch.SymInt) for side in sides)
+    return is_exporting() and (_is_dynamo_compiling() or has_variable(sides))
+
+
+def has_variable(sides: Sequence[int]) -> bool:
+    """Return whether a side of a grid is a variable of ``torch.export``. In a strict export this is not known.
+
+    Args:
+        sides (tuple[int, ...]): Sides.
+
+    Returns:
+        bool: True if a side is a variable.
+    """
+    return not _is_dynamo_compiling() and any(isinstance(side, torch.SymInt) for side in sides)

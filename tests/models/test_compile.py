@@ -55,6 +55,26 @@ def test_compiled_evaluation_equals_eager(attention):
     assert all(relative_error(*pair) < 1e-4 for pair in zip(found, wanted))
 
 
+def test_compiled_graph_has_the_operator_that_works_in_chunks():
+    """An export has standard operators instead, which hold the kernel matrix whole."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    backbone = SOFT(ARCH, attention=ATTENTIONS['bounded']).eval()
+    with torch.no_grad():
+        torch.compile(backbone, fullgraph=True, dynamic=False, backend=record)(torch.rand(1, 3, 68, 100))
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum('blockwise_forward' in name for name in names) == 3, names
+
+
+def test_random_landmarks_compile():
+    backbone = SOFT(ARCH, attention=dict(sampler='random')).train()
+    torch.compile(backbone, backend='aot_eager')(torch.rand(2, 3, 64, 64))
+
+
 @pytest.mark.parametrize(('attention', 'backend'), TRAININGS)
 def test_compiled_training_equals_eager(attention, backend):
     torch.manual_seed(0)

@@ -5,10 +5,13 @@ import sys
 
 import pytest
 import torch
-from exports import ATTENTIONS, build, image, largest_error, slow
+from authors import REDUCED_ARCH
+from exports import ATTENTIONS, EVERY_SIZE, build, image, largest_error, slow
+from mmengine.config import Config
 
 from soft_mm import ops
 from soft_mm.models.attention import SoftmaxFreeAttention
+from soft_mm.utils import build_model
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch before 2.7 does not tell an export from a compilation'
@@ -55,15 +58,35 @@ def test_export_of_every_size(name, kind):
     model, dim = build(ATTENTIONS[name]), getattr(torch.export.Dim, kind)
     with torch.no_grad():
         program = torch.export.export(model, (image(size=(96, 160)),), dynamic_shapes=({0: dim, 2: dim, 3: dim},))
-    for batch, size in ((1, (64, 64)), (2, (224, 224)), (1, (65, 401)), (3, (160, 64)), (1, (320, 96)), (1, (63, 61))):
+    # PyTorch does not let a variable side of a map, or of the grid of the landmarks that are pooled, become 1.
+    least = 61 if model.stages[0].blocks[0].attn.max_landmarks else 33
+    for batch, size in ((1, (least, least)), (2, (224, 224)), (1, (65, 401)), (3, (160, 64)), (1, (401, least))):
         assert largest_error(program.module(), model, image(batch, size)) < 1e-8
+
+
+def test_smallest_variable_size_is_33_pixels():
+    """At 32 pixels, the map of stage 4 has a side of 1."""
+    model, dim = build({}), torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        program = torch.export.export(model, (image(size=(96, 160)),), dynamic_shapes=({0: dim, 2: dim, 3: dim},))
+    with pytest.raises(RuntimeError, match='33'):
+        program.module()(image(1, (32, 64)))
+
+
+@pytest.mark.parametrize('name', [name for name in ATTENTIONS if name not in EVERY_SIZE])
+def test_other_attentions_with_variable_sizes_are_refused(name):
+    dim = torch.export.Dim.DYNAMIC
+    with torch.no_grad(), pytest.raises(NotImplementedError, match='can be exported for one image size only'):
+        torch.export.export(build(ATTENTIONS[name]), (image(),), dynamic_shapes=({0: dim, 2: dim, 3: dim},))
 
 
 @pytest.mark.parametrize('name', ['newton', 'newton exact', 'newton normalized', 'cholesky', 'cholesky normalized'])
 def test_gradients_of_the_standard_operators(name):
     """The exported program differentiates as the eager model does, the authors' one-step gradient included."""
     model, x = build(ATTENTIONS[name]), image()
-    program = torch.export.export(model, (x,)).module()
+    # An export without gradients must not lose the one-step gradient.
+    with torch.no_grad():
+        program = torch.export.export(model, (x,)).module()
     gradients = []
     for function in (model, program):
         parameters = dict(function.named_parameters())
@@ -148,9 +171,35 @@ def test_functional_transforms(name):
     torch.testing.assert_close(mapped, attention(x, (5, 7)).detach())
 
 
+@pytest.mark.parametrize('attention', [{}, dict(solver='cholesky', max_landmarks=7), dict(solver='svd')])
+def test_functional_gradient_of_the_backbone(attention):
+    model, x = build(attention, out_indices=(0, 2)), image(1, (64, 64)).requires_grad_()
+
+    def loss(pixels):
+        return sum(output.square().sum() for output in model(pixels))
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+
+
 def test_random_landmarks_are_refused():
     model = build(dict(sampler='random'))
     with pytest.raises(NotImplementedError, match="sampler='random' cannot be exported"):
         torch.export.export(model, (image(),))
     with pytest.raises(NotImplementedError, match="sampler='random' cannot be exported"):
         torch.jit.trace(model, image())
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_classifier(strict):
+    """From images to scores, with any number of images."""
+    pytest.importorskip('mmpretrain')
+    backbone = dict(type='soft_mm.SOFT', arch=REDUCED_ARCH, attention=ATTENTIONS['cholesky'], out_indices=(3,))
+    head = dict(type='LinearClsHead', num_classes=5, in_channels=128)
+    cfg = dict(type='ImageClassifier', backbone=dict(backbone, out_type='cls_token'), head=head)
+    model = build_model(Config(dict(default_scope='mmpretrain', model=cfg))).eval().double()
+    with torch.no_grad():
+        shapes = dict(inputs={0: torch.export.Dim.DYNAMIC})
+        program = torch.export.export(model, (image(),), dynamic_shapes=shapes, strict=strict).module()
+        for batch in (1, 2, 5):
+            torch.testing.assert_close(program(image(batch)), model(image(batch)), rtol=1e-8, atol=1e-8)

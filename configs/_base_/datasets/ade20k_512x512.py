@@ -16,6 +16,23 @@ test_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]
+# Test-time augmentation: six sizes, each also mirrored.
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [
+                dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
+                for ratio in [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+            ],
+            # Always or never, so both pictures are computed.
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [dict(type='LoadAnnotations', reduce_zero_label=True)],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
 train_dataloader = dict(
     num_workers=4,
     persistent_workers=True,

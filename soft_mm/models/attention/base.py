@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer
+from soft_mm.ops.recording import has_variable
 from soft_mm.registry import MODELS
 
 # Arguments that the backbone passes to every attention.
@@ -80,7 +81,7 @@ class BaseAttention(BaseModule):
 
     A subclass defines :meth:`project`, :meth:`attend` and the output projection ``proj``, a linear layer. It may set
     ``local`` to a :class:`LocalBranch`. The benchmarks also call :meth:`project` and :meth:`attend` directly, and the
-    attention maps call :meth:`rows`.
+    attention maps call :meth:`rows`. It overrides ``exports_any_size`` if it can be exported with variable sides.
 
     Args:
         embed_dims (int): Channels ``C`` of the tokens.
@@ -93,6 +94,8 @@ class BaseAttention(BaseModule):
     Raises:
         ValueError: If an argument is out of its range.
     """
+
+    exports_any_size = False
 
     def __init__(
         self, embed_dims: int, num_heads: int, ratio: int, conv_size: int, grid_dims: int, init_cfg: InitCfg
@@ -153,9 +156,15 @@ class BaseAttention(BaseModule):
             Tensor: Tokens ``(B, n, C)``.
 
         Raises:
+            NotImplementedError: If the sides of the grid are variables of an export, which this attention cannot have.
             ValueError: If the grid does not fit the tokens or ``grid_dims``.
         """
         grid = self.map_grid(grid, x.shape[1])
+        if has_variable(grid) and not self.exports_any_size:
+            raise NotImplementedError(
+                f'{type(self).__name__} with these options can be exported for one image size only: leave height and '
+                'width fixed, or use another attention'
+            )
         projected = self.project(x, grid)
         out = merge_heads(self.attend(*projected, grid=grid))
         if self.local is not None:

@@ -122,6 +122,11 @@ class SoftmaxFreeAttention(SharedQKAttention):
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
+    @property
+    def exports_any_size(self) -> bool:
+        """bool: Whether an export may have variable image sides."""
+        return self.sampler == 'conv' and self.solver != 'svd'
+
     def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """Compute ``P M (P^T v)``.
 

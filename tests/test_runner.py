@@ -1,0 +1,180 @@
+"""Set-up of training and evaluation: where a training starts, test-time augmentation, pictures, metrics, warnings."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+from torch import nn
+
+from soft_mm.hooks import MissingGradientHook
+from soft_mm.runner import (
+    find_start,
+    load_config,
+    plain_values,
+    revert_sync_batchnorm,
+    show_pictures,
+    use_test_time_augmentation,
+)
+from soft_mm.utils import dicts_in, without_pretrained
+
+
+@pytest.mark.parametrize(
+    ('resume', 'checkpoints', 'load_from', 'expected'),
+    [
+        (None, True, 'start.pth', (False, 'start.pth')),
+        ('auto', False, 'start.pth', (False, 'start.pth')),
+        ('auto', False, None, (False, None)),
+        ('auto', True, 'start.pth', (True, 'iter_2.pth')),
+        ('other.pth', True, 'start.pth', (True, 'other.pth')),
+    ],
+)
+def test_where_a_training_starts(tmp_path, resume, checkpoints, load_from, expected):
+    """A job that restarts itself always passes `--resume`: its first start must not forget `load_from`."""
+    if checkpoints:
+        (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    cfg = Config(dict(work_dir=str(tmp_path), load_from=load_from, resume=False))
+    find_start(cfg, resume)
+    found = cfg.load_from and cfg.load_from.removeprefix(f'{tmp_path}/')
+    assert (cfg.resume, found) == expected
+
+
+def test_first_start_with_resume_is_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr('soft_mm.runner.print_log', lambda text, *_: said.append(text))
+    find_start(Config(dict(work_dir=str(tmp_path), load_from='start.pth')), 'auto')
+    assert said == [
+        f'--resume: {tmp_path} has no checkpoint yet, so training starts from the weights of start.pth',
+    ]
+
+
+def test_no_workers_need_no_persistent_workers(tmp_path):
+    loader = dict(num_workers=4, persistent_workers=True, prefetch_factor=2)
+    Config(dict(train_dataloader=loader, val_dataloader=loader, test_dataloader=None)).dump(tmp_path / 'config.py')
+    args = argparse.Namespace(
+        config=str(tmp_path / 'config.py'),
+        local_rank=0,
+        launcher='none',
+        work_dir=None,
+        cfg_options={'train_dataloader.num_workers': 0},
+    )
+    cfg = load_config(argparse.ArgumentParser(), args)
+    assert cfg.train_dataloader == dict(num_workers=0, persistent_workers=False)
+    assert cfg.val_dataloader == loader
+    torch.utils.data.DataLoader(range(3), **cfg.train_dataloader)
+
+
+def detector(**changes):
+    return Config(
+        dict(
+            model=dict(type='RetinaNet'),
+            test_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dict(type='CocoDataset', pipeline=[]))),
+            test_evaluator=dict(type='CocoMetric', metric='bbox'),
+            tta_model=dict(type='DetTTAModel', tta_cfg=dict(max_per_img=100)),
+            tta_pipeline=[dict(type='LoadImageFromFile')],
+            **changes,
+        )
+    )
+
+
+def test_test_time_augmentation_wraps_the_model():
+    cfg = detector()
+    use_test_time_augmentation(cfg)
+    assert cfg.model == dict(type='DetTTAModel', tta_cfg=dict(max_per_img=100), module=dict(type='RetinaNet'))
+    assert cfg.test_dataloader.dataset.dataset.pipeline == cfg.tta_pipeline
+
+
+def test_what_test_time_augmentation_cannot_do_is_said():
+    cfg = detector()
+    cfg.test_evaluator.metric = ['bbox', 'segm']
+    with pytest.raises(ValueError, match='merges boxes but no masks: evaluate boxes alone with --cfg-options'):
+        use_test_time_augmentation(cfg)
+    cfg.pop('tta_model')
+    with pytest.raises(ValueError, match='--tta: the config has no tta_model: define'):
+        use_test_time_augmentation(cfg)
+    cfg.pop('tta_pipeline')
+    with pytest.raises(ValueError, match='--tta: the config has no tta_model and no tta_pipeline'):
+        use_test_time_augmentation(cfg)
+
+
+@pytest.mark.parametrize('scope', ['mmpretrain', 'mmdet', 'mmseg'])
+def test_pictures_go_to_an_absolute_folder(scope, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = Config(dict(default_scope=scope, visualizer=dict(type='Visualizer')))
+    show_pictures(cfg, 'pictures')
+    hook = cfg.default_hooks.visualization
+    folder = hook.get('out_dir') or hook.get('test_out_dir') or cfg.visualizer.save_dir
+    assert folder == str(tmp_path / 'pictures') and (hook.get('draw') or hook.get('enable'))
+
+
+def test_metrics_that_are_no_numbers_can_be_written():
+    metrics = {
+        'top1': np.float32(0.5),
+        'per_class': np.array([[1, 2], [3, 4]]),
+        'matrix': torch.eye(2),
+        'names': ['a', 'b'],
+        'nested': dict(count=3, none=None),
+        'other': argparse.Namespace(a=1),
+    }
+    assert json.loads(json.dumps(plain_values(metrics))) == {
+        'top1': 0.5,
+        'per_class': [[1, 2], [3, 4]],
+        'matrix': [[1.0, 0.0], [0.0, 1.0]],
+        'names': ['a', 'b'],
+        'nested': dict(count=3, none=None),
+        'other': 'Namespace(a=1)',
+    }
+
+
+def test_batchnorm_between_gpus_becomes_ordinary():
+    norm = dict(type='SyncBN', requires_grad=True)
+    model = ConfigDict(
+        decode_head=dict(norm_cfg=norm), auxiliary_head=[dict(norm_cfg=dict(norm))], other=dict(type='A')
+    )
+    revert_sync_batchnorm(model)
+    assert model.decode_head.norm_cfg == model.auxiliary_head[0].norm_cfg == dict(type='BN', requires_grad=True)
+    assert model.other.type == 'A'
+
+
+def test_pretrained_weights_of_nested_backbones_are_removed():
+    """As in mmdet's SoftTeacher, in a distiller with two models, and behind a wrapper."""
+    init = dict(type='Pretrained', checkpoint='none.pth')
+    one = dict(backbone=dict(type='soft_mm.SOFT', init_cfg=init), neck=dict(type='FPN'))
+    model = ConfigDict(detector=one, teacher=[dict(module=one)])
+    assert without_pretrained(model) == 2
+    assert [part['init_cfg'] for part in dicts_in(model) if part.get('type') == 'soft_mm.SOFT'] == [None, None]
+    assert without_pretrained(ConfigDict(head=dict(type='A'))) == 0
+
+
+class TwoParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+@pytest.mark.parametrize('used', [('used',), ('used', 'unused')])
+def test_parameters_without_a_gradient_are_named_once(used, monkeypatch):
+    model, hook, said = TwoParts(), MissingGradientHook(), []
+    monkeypatch.setattr('soft_mm.hooks.print_log', lambda text, *_: said.append(text))
+    runner = SimpleNamespace(model=model)
+    hook.before_train(runner)
+    for step in range(2):
+        model.zero_grad()
+        sum(getattr(model, name)(torch.ones(1, 2)).sum() for name in used).backward()
+        hook.after_train_iter(runner, step)
+    if len(used) == 2:
+        assert said == []
+    else:
+        (message,) = said
+        assert message.startswith('2 parameters got no gradient in the first step, such as unused.bias, unused.weight.')
+
+
+def test_missing_gradients_are_watched_in_every_training(tmp_path):
+    cfg = dict(type='soft_mm.MissingGradientHook')
+    runner = Runner(model=nn.Linear(2, 2), work_dir=str(tmp_path), custom_hooks=[cfg], experiment_name='hooks')
+    assert any(isinstance(hook, MissingGradientHook) for hook in runner.hooks)
