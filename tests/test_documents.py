@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from mmengine.config import Config
@@ -163,10 +164,33 @@ OUTPUTS = {
 OUTPUTS['README_zh-CN.md'] = OUTPUTS['docs/index.md'] = OUTPUTS['README.md']
 
 
+@pytest.fixture
+def exported(tmp_path):
+    """A folder with the image and the exported classifier that docs/deployment.md reads."""
+    pytest.importorskip('onnxruntime', reason='requirements/openmmlab.txt has no onnxruntime')
+    from soft_mm.export import export_onnx, photographs
+
+    (tmp_path / 'config.py').write_text(
+        f"""
+_base_ = '{ROOT}/configs/imagenet/soft-tiny_8xb128_in1k.py'
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, embed_dims=(8, 8, 8, 8), num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1))),
+    head=dict(in_channels=8),
+)
+"""
+    )
+    model = build_model(Config.fromfile(tmp_path / 'config.py'))
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+    export_onnx(tmp_path / 'config.py', tmp_path / 'model.pth', tmp_path / 'model.onnx', (64, 64))
+    cv2.imwrite(str(tmp_path / 'image.jpg'), photographs((), 1, (80, 90))[0].transpose(1, 2, 0))
+    return tmp_path
+
+
 @pytest.mark.parametrize('document', [file for file in DOCUMENTS if programs(file)], ids=name_of)
-def test_python_examples_run(document):
+def test_python_examples_run(document, request):
+    folder = request.getfixturevalue('exported') if document.name == 'deployment.md' else ROOT
     code = f'for block in {programs(document)!r}:\n    exec(block, dict(__name__="__main__"))'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     for output in OUTPUTS.get(name_of(document), []):
         assert output in done.stdout

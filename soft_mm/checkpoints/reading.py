@@ -281,13 +281,28 @@ _NAMES = (
     '_codecs.encode',
     'collections.Counter',
     'collections.defaultdict',
+    *(f'datetime.{name}' for name in ('date', 'datetime', 'time', 'timedelta', 'timezone')),
+    *(
+        f'{module}.{name}'
+        for module in ('pathlib', 'pathlib._local')
+        for name in ('Path', 'PosixPath', 'PurePath', 'PurePosixPath', 'PureWindowsPath', 'WindowsPath')
+    ),
+    'torch.torch_version.TorchVersion',
     'mmengine.config.config.ConfigDict',
     'mmengine.logging.history_buffer.HistoryBuffer',
     'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler',
     'numpy.ndarray',
     'numpy.dtype',
     *(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core') for name in ('_reconstruct', 'scalar')),
-    *(f'{module}.{name}' for module in _BUILTINS for name in ('set', 'frozenset', 'slice', 'complex')),
+    *(
+        f'{module}.{name}'
+        for module in _BUILTINS
+        # The second line has the usual factories of a defaultdict.
+        for name in (
+            *('set', 'frozenset', 'slice', 'complex'),
+            *('list', 'dict', 'tuple', 'int', 'float', 'str', 'bool'),
+        )
+    ),
 )
 _PLACEHOLDERS = [_placeholder(f'{module}.getattr', _Attribute) for module in _BUILTINS]
 _PLACEHOLDERS += [_placeholder(name) for name in _NAMES]

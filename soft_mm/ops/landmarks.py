@@ -154,10 +154,10 @@ def mean_landmarks(tokens: Tensor, grid: tuple[int, int], out_grid: tuple[int, i
             _cell_weights(torch.arange(cells, device=tokens.device), cells, side, tokens.dtype)
             for cells, side in zip(out_grid, grid)
         )
-        maps = torch.matmul(rows, tokens.reshape(B, heads, grid[0], -1)).reshape(B, heads, -1, grid[1], d)
-        return torch.matmul(columns, maps).reshape(B, heads, -1, d)
+        maps = torch.matmul(rows, tokens.reshape(B, heads, grid[0], grid[1] * d))
+        return torch.matmul(columns, maps.unflatten(-1, (grid[1], d))).flatten(2, 3)
     maps = tokens.reshape(B * heads, *grid, d).permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(maps, out_grid).flatten(2).transpose(1, 2).reshape(B, heads, -1, d)
+    return F.adaptive_avg_pool2d(maps, out_grid).flatten(2).transpose(1, 2).unflatten(0, (B, heads))
 
 
 def _cell_weights(index: Tensor, cells: int | Tensor, side: int, dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,16 @@
 """Reading of checkpoints from files and addresses: the weights arrive, and no code runs."""
 
 import argparse
+import datetime
 import pickle
 import sys
 import tarfile
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,6 +195,25 @@ def test_states_of_schedulers_are_skipped(tmp_path):
 class Scripted(torch.nn.Module):
     def forward(self, x):
         return x
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_harmless_metadata_of_other_trainers_is_skipped(tmp_path, zipped):
+    meta = dict(
+        losses=defaultdict(list, first=[1.0]),
+        counts=defaultdict(float),
+        seen=Counter('abc'),
+        folder=Path('/data'),
+        time=datetime.datetime.now(datetime.timezone.utc),
+        duration=datetime.timedelta(seconds=3),
+        torch=torch.__version__,
+    )
+    weights = dict(weight=torch.ones(2))
+    file = tmp_path / 'other.pth'
+    torch.save(dict(state_dict=weights, meta=meta), file, _use_new_zipfile_serialization=zipped)
+    content = load_weights(file)
+    assert torch.equal(content['state_dict']['weight'], weights['weight']) and content['meta'].keys() == meta.keys()
+    assert not isinstance(content['meta']['folder'], Path)
 
 
 @pytest.mark.parametrize('read', [load_weights, read_checkpoint])

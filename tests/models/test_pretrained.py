@@ -111,3 +111,59 @@ def test_mmengine_initialisers_still_work():
     model = reduced(init_cfg=dict(type='Constant', layer='Linear', val=0.5, bias=0.25))
     model.init_weights()
     assert (model.stages[0].blocks[0].attn.qv.weight == 0.5).all()
+
+
+def first_convolution(path, channels, rule):
+    cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.', new_channels=rule)
+    model = SOFT(REDUCED_ARCH, in_channels=channels, init_cfg=cfg)
+    model.init_weights()
+    return model
+
+
+@pytest.fixture
+def three_channels(tmp_path):
+    torch.manual_seed(0)
+    model = SOFT(REDUCED_ARCH).eval()
+    torch.save(dict(state_dict={f'backbone.{k}': v for k, v in model.state_dict().items()}), tmp_path / 'rgb.pth')
+    return model, tmp_path / 'rgb.pth'
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4])
+def test_mean_of_the_channels_keeps_the_output_of_equal_channels(three_channels, channels):
+    model, path = three_channels
+    grey = torch.rand(2, 1, 64, 80)
+    with torch.no_grad():
+        expected = model(grey.expand(-1, 3, -1, -1))
+        found = first_convolution(path, channels, 'mean').eval()(grey.expand(-1, channels, -1, -1))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_new_channels_of_zeros_change_nothing_at_first(three_channels):
+    model, path = three_channels
+    image = torch.rand(2, 5, 64, 80)
+    with torch.no_grad():
+        expected, found = model(image[:, :3]), first_convolution(path, 5, 'zero').eval()(image)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('channels', 'rule', 'message'),
+    [
+        (4, None, "For images with another number of channels, set new_channels='mean' or 'zero' in init_cfg"),
+        (1, 'zero', "new_channels='zero' cannot make 3 channels 1: set new_channels='mean'"),
+        (4, 'copy', "new_channels='copy' in init_cfg: expected 'mean', 'zero' or None"),
+    ],
+)
+def test_other_channels_are_taken_on_demand_only(three_channels, channels, rule, message):
+    with pytest.raises(ValueError) as error:
+        first_convolution(three_channels[1], channels, rule)
+    assert message in str(error.value)
+
+
+def test_changed_channels_are_reported(three_channels, monkeypatch):
+    said = []
+    monkeypatch.setattr('soft_mm.models.soft.print_log', lambda text, *_: said.append(text))
+    first_convolution(three_channels[1], 4, 'zero')
+    assert 'stages.0.patch_embed.0.weight changed from 3 to 4 channels by the rule' in said[-1]

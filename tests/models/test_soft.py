@@ -445,3 +445,46 @@ def test_bounding_repeated_patches_of_tokens_changes_nothing(normalized):
     )
     unbounded.load_state_dict(bounded.state_dict())
     torch.testing.assert_close(bounded(tokens, (8, 12)), unbounded(tokens, (8, 12)), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda x: x.to(torch.uint8), 'input of torch.uint8: expected floating-point numbers; normalise images'),
+        (lambda x: x.to('meta'), 'input on meta, but the backbone is on cpu: move one of them'),
+        (lambda x: x[..., :31], 'or pad it by the data_preprocessor: pad_size_divisor=32 in mmdet and mmpretrain'),
+    ],
+)
+def test_wrong_inputs_are_named(change, message):
+    model = SOFT(REDUCED_ARCH).eval()
+    with pytest.raises(ValueError) as error:
+        model(change(torch.rand(1, 3, 40, 48)))
+    assert message in str(error.value)
+
+
+def test_batchnorm_of_a_single_value():
+    model = SOFT(REDUCED_ARCH).train()
+    with pytest.raises(ValueError, match='cannot be trained on one image of 32x32 pixels.* or norm_eval=True'):
+        model(torch.rand(1, 3, 32, 32))
+    model(torch.rand(2, 3, 32, 32))
+    model(torch.rand(1, 3, 32, 33))
+    model.eval()(torch.rand(1, 3, 32, 32))
+    SOFT(REDUCED_ARCH, norm_eval=True).train()(torch.rand(1, 3, 32, 32))
+    # Stage 3 of this image has four values.
+    SOFT(REDUCED_ARCH, out_indices=(0, 2)).train()(torch.rand(1, 3, 32, 32))
+
+
+def test_batch_of_no_images():
+    for options in ({}, dict(attention=dict(solver='cholesky', normalized=True, max_landmarks=5))):
+        outputs = SOFT(REDUCED_ARCH, **options).eval()(torch.rand(0, 3, 64, 96))
+        assert [tuple(out.shape) for out in outputs] == [(0, 32, 16, 24), (0, 64, 8, 12), (0, 96, 4, 6), (0, 128, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ('keyword', 'message'),
+    [('pretrained', 'set model.pretrained=None and _delete_=True'), ('norm_cfg', "set sync_bn='torch' in the config")],
+)
+def test_keywords_of_other_backbones_are_explained(keyword, message):
+    with pytest.raises(TypeError, match='SOFT does not take the keywords') as error:
+        SOFT(**{keyword: 'torchvision://resnet50'})
+    assert message in str(error.value)
