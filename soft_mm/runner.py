@@ -120,15 +120,16 @@ def use_test_time_augmentation(cfg: Config) -> None:
         cfg (Config): Config with ``tta_model`` and ``tta_pipeline``. The model is wrapped, and the pipeline replaced.
 
     Raises:
-        ValueError: If the config has none of them, or if it evaluates masks, which mmdet does not merge.
+        ValueError: If the config lacks one of them, or the model predicts masks, which mmdet does not merge.
     """
     missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
     if missing:
         raise ValueError(f'--tta: the config has no {" and no ".join(missing)}: define them, or leave the option out')
-    metrics = (cfg.get('test_evaluator') or {}).get('metric', [])
-    if cfg.tta_model.type.rpartition('.')[2] == 'DetTTAModel' and 'segm' in metrics:
+    if cfg.tta_model.type.rpartition('.')[2] == 'DetTTAModel' and any(
+        'mask_head' in part for part in dicts_in(cfg.model)
+    ):
         raise ValueError(
-            '--tta: mmdet merges boxes but no masks: evaluate boxes alone with --cfg-options test_evaluator.metric=bbox'
+            '--tta: mmdet merges the boxes of augmented images but no masks: evaluate this model without it'
         )
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:

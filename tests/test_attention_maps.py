@@ -72,7 +72,7 @@ def test_other_attentions_and_models_are_named(tmp_path):
     model.backbone.stages[0].blocks[0].attn = torch.nn.Linear(16, 16)
     with pytest.raises(ValueError, match='Linear has no method `rows`; use an attention of soft_mm.models'):
         image_attention(model, image, [(0, 0)], stage=1)
-    with pytest.raises(ValueError, match='default_runtime_mmseg.py has no `model.backbone`'):
+    with pytest.raises(ValueError, match='default_runtime_mmseg.py has no `model` with a backbone'):
         load_model(ROOT / 'configs/_base_/default_runtime_mmseg.py', tmp_path / 'none.pth')
 
 

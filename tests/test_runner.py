@@ -90,8 +90,8 @@ def test_test_time_augmentation_wraps_the_model():
 
 def test_what_test_time_augmentation_cannot_do_is_said():
     cfg = detector()
-    cfg.test_evaluator.metric = ['bbox', 'segm']
-    with pytest.raises(ValueError, match='merges boxes but no masks: evaluate boxes alone with --cfg-options'):
+    cfg.model.roi_head = dict(mask_head=dict(type='FCNMaskHead'))
+    with pytest.raises(ValueError, match='merges the boxes of augmented images but no masks: evaluate this model'):
         use_test_time_augmentation(cfg)
     cfg.pop('tta_model')
     with pytest.raises(ValueError, match='--tta: the config has no tta_model: define'):

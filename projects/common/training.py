@@ -76,7 +76,8 @@ def train_task(task, work_dir, data, console, options=None, pretrained=None, thr
         work_dir.mkdir()
         console.print(
             f'{task.name}: config, weights or data have changed, or the checkpoint is missing. The training starts '
-            f'again; the earlier run is kept in {kept}'
+            f'again; the earlier run is kept in {kept}',
+            markup=False,
         )
         record, checkpoint = {}, None
     if 'metrics' in record:

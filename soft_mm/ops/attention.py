@@ -46,7 +46,7 @@ def check_solver(solver: str, normalized: bool = False, **options: object) -> No
             )
 
 
-def _kernel_and_ridge_matrix(landmarks: Tensor, ridge: float, present: Tensor | None) -> tuple[Tensor, Tensor]:
+def _kernel_and_ridge_matrix(landmarks: Tensor, ridge: float, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``A`` and ``A + ridge * I``. The latter is positive definite even after rounding."""
     landmarks = landmarks.to(compute_dtype(landmarks))
     # Centring does not change distances, and it reduces their rounding errors.

@@ -1,4 +1,4 @@
-# Test-time augmentation of detectors: three sizes, each also mirrored. mmdet merges boxes, no masks.
+# Test-time augmentation of detectors: three sizes, each also mirrored. mmdet merges boxes but no masks.
 tta_model = dict(
     type='DetTTAModel',
     tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
