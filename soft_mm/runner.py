@@ -125,9 +125,8 @@ def use_test_time_augmentation(cfg: Config) -> None:
     missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
     if missing:
         raise ValueError(f'--tta: the config has no {" and no ".join(missing)}: define them, or leave the option out')
-    if cfg.tta_model.type.rpartition('.')[2] == 'DetTTAModel' and any(
-        'mask_head' in part for part in dicts_in(cfg.model)
-    ):
+    has_masks = any(part.get('mask_head') for part in dicts_in(cfg.model))
+    if has_masks and cfg.tta_model.type.rpartition('.')[2] == 'DetTTAModel':
         raise ValueError(
             '--tta: mmdet merges the boxes of augmented images but no masks: evaluate this model without it'
         )

@@ -280,9 +280,6 @@ def test_evaluation_with_augmentation_and_pictures(workspace, checkpoints, tmp_p
         cfg.model.type, cfg.model.roi_head.mask_head = 'FasterRCNN', None
         cfg.test_evaluator.metric = 'bbox'
     cfg.tta_model = zoo.get('tta_model', dict(type='SegTTAModel'))
-    if task == 'mask-rcnn':
-        cfg.model.type, cfg.model.roi_head.mask_head = 'FasterRCNN', None
-        cfg.test_evaluator.metric = 'bbox'
     cfg.tta_pipeline = zoo.tta_pipeline
     if task == 'classification':
         cfg.tta_pipeline[1].scale, cfg.tta_pipeline[2].crop_size = 72, 64
