@@ -198,7 +198,7 @@ def paste_masks(result: InstanceData, masks: torch.Tensor, sample: Any, threshol
 
     metas, settings = [sample.metainfo], ConfigDict(mask_thr_binary=threshold)
     # The head has no part in this but its method, so its weights need no initialisation.
-    with torch.device('meta'):
+    with torch.device('meta'), DefaultScope.overwrite_default_scope('mmdet'):
         head = FCNMaskHead(num_convs=0, class_agnostic=True)
     return head.predict_by_feat((masks[:, None],), [result], metas, settings, rescale=True, activate_map=True)[0]
 
