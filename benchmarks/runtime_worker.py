@@ -90,7 +90,7 @@ def onnxruntime_int8(model, x, calibration, folder):
 
     source, prepared, file = _to_onnx(model, x, folder), Path(folder, 'prepared.onnx'), Path(folder, 'int8.onnx')
     quant_pre_process(source, prepared, skip_symbolic_shape=True)
-    # Products of two activations, among them those of the kernel matrix, stay in float32.
+    # A product of two activations, such as one with the kernel matrix, stays in float32.
     quantize_static(
         prepared,
         file,

@@ -17,21 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .runtime_worker import BUILDERS
 from .sweep import ROOT, machine, summarise
 from .targets import BACKBONES, parse_target
 
-#: Runtimes, in the order of the table: the keys of ``BUILDERS`` in :mod:`benchmarks.runtime_worker`.
-RUNTIMES = (
-    'eager',
-    'compile',
-    'bfloat16',
-    'dynamic-int8',
-    'onnxruntime',
-    'onnxruntime-int8',
-    'openvino',
-    'openvino-bfloat16',
-    'openvino-int8',
-)
+#: Runtimes, in the order of the table.
+RUNTIMES = tuple(BUILDERS)
 
 
 def measure_runtime(name, request):
@@ -106,7 +97,7 @@ def _shape(text):
 
 
 def _requests(parser, args):
-    """Yield the name of each target and what the worker must know about it."""
+    """Yield the name of each target and its part of the request."""
     if bool(args.targets) == bool(args.model):
         parser.error('expected backbones, or --model CONFIG CHECKPOINT')
     if args.metric and not args.model:

@@ -16,14 +16,13 @@ from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from torch import nn
 
-from soft_mm.checkpoints.reading import load_weights
 from soft_mm.image_models import OUTPUTS, ImageModel, image_model
-from soft_mm.inference import load_model, read_image
+from soft_mm.inference import load_with_content, read_image
 from soft_mm.models.arch import MIN_SIDE
 from soft_mm.onnx_model import TOOLBOXES, OnnxModel, data_sample, import_extra
 from soft_mm.ops.checks import check_choice
 from soft_mm.ops.recording import CAN_EXPORT
-from soft_mm.utils import atomic_path, read_config
+from soft_mm.utils import atomic_path, inner_dataset
 from soft_mm.version import __version__
 
 DYNAMIC = ('none', 'batch', 'all')
@@ -90,10 +89,10 @@ def export_onnx(
     import_extra('onnx', 'onnxscript', *['onnxruntime'] * check)
     if not CAN_EXPORT:
         raise ValueError(f'PyTorch {torch.__version__} is too old to export: install 2.7 or newer')
-    cfg, model = read_config(config), load_model(config, checkpoint)
+    cfg, model, content = load_with_content(config, checkpoint)
     _check_reading(cfg)
     wrapped = image_model(model).eval()
-    metadata = describe(wrapped, class_names(cfg, load_weights(checkpoint)), (height, width), dynamic)
+    metadata = describe(wrapped, class_names(cfg, content), (height, width), dynamic)
     for image in images if check else ():
         read_image(image)
     with atomic_path(out) as temporary:
@@ -105,7 +104,7 @@ def export_onnx(
 
 def _check_reading(cfg: Config) -> None:
     """Refuse a data set that gives images in memory, whose order of channels is not known."""
-    data = _dataset(cfg)
+    data = inner_dataset(cfg.get('test_dataloader'))
     types = [str(getattr(step.get('type'), '__name__', step.get('type'))) for step in data.get('pipeline', [])]
     if types and not any('LoadImage' in name for name in types):
         raise ValueError(
@@ -114,17 +113,10 @@ def _check_reading(cfg: Config) -> None:
         )
 
 
-def _dataset(cfg: Config) -> Any:
-    data: Any = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in data:
-        data = data['dataset']
-    return data
-
-
 def describe(
     model: ImageModel, meta: Mapping[str, Any], shape: tuple[int, int], dynamic: str = 'none'
 ) -> dict[str, Any]:
-    """Collect what a user of an exported file must know.
+    """Collect the metadata of an exported file.
 
     Args:
         model (ImageModel): The exported function.
@@ -138,7 +130,7 @@ def describe(
         the threshold of masks.
 
     Raises:
-        ValueError: If the number of classes differs from that of the head.
+        ValueError: If the data set and the head have different numbers of classes.
     """
     count = number_of_classes(model)
     classes = meta.get('classes') or [str(index) for index in range(count)]
@@ -166,7 +158,7 @@ def describe(
 def class_names(cfg: Config, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Find the names and colours of the classes, without opening the files of the data set.
 
-    mmengine's runner writes those of the training data into a checkpoint. Otherwise they are those of the test data set
+    They come from the checkpoint, in which mmengine's runner records the training data, or else from the test data set
     of the config.
 
     Args:
@@ -180,7 +172,7 @@ def class_names(cfg: Config, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     recorded = meta.get('dataset_meta') if isinstance(meta, dict) else None
     if isinstance(recorded, dict) and recorded.get('classes'):
         return recorded
-    data, scope = _dataset(cfg), cfg.get('default_scope')
+    data, scope = inner_dataset(cfg.get('test_dataloader')), cfg.get('default_scope')
     registry = importlib.import_module(f'{scope}.registry').DATASETS
     importlib.import_module(f'{scope}.datasets')
     kind = data.get('type', '')

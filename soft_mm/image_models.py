@@ -2,7 +2,7 @@
 
 They include the normalisation of the data preprocessor and the post-processing of the head. Detectors use the toolbox's
 priors and box decoding. Non-maximum suppression is torchvision's, which ONNX has as an operator. The outputs have a
-fixed number of rows, so that those of a batch have one shape.
+fixed number of rows, so the outputs of all images in a batch have one shape.
 """
 
 import copy
@@ -141,7 +141,7 @@ class Detection(ImageModel):
 
 
 class Instances(ImageModel):
-    """As :class:`Detection`, for detectors with proposals. Those with a mask head add masks ``(N, K, h, w)``.
+    """As :class:`Detection`, for detectors with proposals. Detectors with a mask head add masks ``(N, K, h, w)``.
 
     A mask holds the probability of the object on a grid over its box.
     """
@@ -389,7 +389,7 @@ def _check_two_stages(model: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _check_boxes(head: Any, cfg: Any) -> Iterator[tuple[str, bool]]:
-    """Yield the reasons for which :func:`decode` and :func:`best_boxes` do not compute what a head does."""
+    """Yield the reasons why :func:`decode` and :func:`best_boxes` would give other boxes than a head."""
     name, coder = type(head).__name__, head.bbox_coder
     yield f'the boxes of {name} are coded by {type(coder).__name__}', type(coder).__name__ != 'DeltaXYWHBBoxCoder'
     yield f'{name} has a loss with scores of its own', bool(getattr(head.loss_cls, 'custom_cls_channels', False))

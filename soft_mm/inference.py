@@ -5,6 +5,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
@@ -129,13 +130,31 @@ def load_model(config: str | Path, checkpoint: str | Path) -> nn.Module:
         FileNotFoundError: If the config or the checkpoint does not exist.
         ValueError: If the config has no backbone, or the checkpoint does not fit or cannot be read.
     """
+    return load_with_content(config, checkpoint)[1]
+
+
+def load_with_content(config: str | Path, checkpoint: str | Path) -> tuple[Config, nn.Module, dict[str, Any]]:
+    """Load a model as :func:`load_model` does, and return the files that were read too.
+
+    Args:
+        config (str | Path): See :func:`load_model`.
+        checkpoint (str | Path): See :func:`load_model`.
+
+    Returns:
+        tuple[Config, nn.Module, dict]: Config, without pretrained weights; model in evaluation mode; content of the
+        checkpoint.
+
+    Raises:
+        FileNotFoundError: See :func:`load_model`.
+        ValueError: See :func:`load_model`.
+    """
     cfg = read_config(config)
     if without_pretrained(cfg.get('model', {})) == 0:
         raise ValueError(f'{config} has no `model` with a backbone; give the config of a whole model')
     model = build_model(cfg)
     file, content = read_whole_model(checkpoint)
     model.load_state_dict(check_weights(model, content, file), strict=False)
-    return model.eval()
+    return cfg, model.eval(), content
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
@@ -166,6 +185,25 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_score_threshold(score_thr: float | None, scope: str, source: str | Path) -> None:
+    """Check the smallest score of a box to draw.
+
+    Args:
+        score_thr (float | None): Score, or None.
+        scope (str): Toolbox of the model.
+        source (str | Path): Config or ONNX file of the model, for the message.
+
+    Raises:
+        ValueError: If the score is outside [0, 1], or given for a model that is no detector.
+    """
+    if score_thr is None:
+        return
+    if not 0 <= score_thr <= 1:
+        raise ValueError(f'score_thr={score_thr}: expected a number from 0 to 1')
+    if scope != 'mmdet':
+        raise ValueError(f'score_thr={score_thr} has no effect, because {source} is not a detector: leave it out')
+
+
 def predict(
     images: list[str],
     config: str | Path,
@@ -192,14 +230,11 @@ def predict(
         ValueError: If the config belongs to no toolbox, ``score_thr`` is outside [0, 1] or given for a model that is no
             detector, the checkpoint does not fit or cannot be read, or two pictures would have the same name.
     """
-    if score_thr is not None and not 0 <= score_thr <= 1:
-        raise ValueError(f'score_thr={score_thr}: expected a number from 0 to 1')
     cfg, pictures = read_config(config), Path(out_dir, 'vis')
     scope = cfg.get('default_scope')
     if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
         raise ValueError(f"{config}: default_scope={scope!r}: expected 'mmpretrain', 'mmdet' or 'mmseg'")
-    if score_thr is not None and scope != 'mmdet':
-        raise ValueError(f'score_thr={score_thr} has no effect, because {config} is not a detector: leave it out')
+    check_score_threshold(score_thr, scope, config)
     file, weights = read_whole_model(checkpoint)
     # Another toolbox may have been the default scope of this process.
     init_default_scope(scope)

@@ -16,7 +16,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
-from soft_mm.inference import read_image
+from soft_mm.inference import check_score_threshold, read_image
 from soft_mm.models.arch import MIN_SIDE
 
 TOOLBOXES = dict(classification='mmpretrain', segmentation='mmseg', detection='mmdet', instances='mmdet')
@@ -259,10 +259,7 @@ def predict_onnx(images: list[str], file: str | Path, out_dir: str | Path, score
     """
     model, pictures = OnnxModel(file), Path(out_dir, 'vis')
     scope = TOOLBOXES[model.task]
-    if score_thr is not None and not 0 <= score_thr <= 1:
-        raise ValueError(f'score_thr={score_thr}: expected a number from 0 to 1')
-    if score_thr is not None and scope != 'mmdet':
-        raise ValueError(f'score_thr={score_thr} has no effect, because {file} is not a detector: leave it out')
+    check_score_threshold(score_thr, scope, file)
     names = [Path(image).with_suffix('.png').name for image in images]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f'several images would be drawn as {repeated[:3]}: rename them')

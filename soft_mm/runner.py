@@ -16,7 +16,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from .utils import dicts_in, read_config
+from .utils import dicts_in, inner_dataset, read_config
 
 
 def runner_parser(description: str) -> argparse.ArgumentParser:
@@ -130,10 +130,7 @@ def use_test_time_augmentation(cfg: Config) -> None:
         raise ValueError(
             '--tta: mmdet merges the boxes of augmented images but no masks: evaluate this model without it'
         )
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+    inner_dataset(cfg.test_dataloader)['pipeline'] = cfg.tta_pipeline
     cfg.model = dict(cfg.tta_model, module=cfg.model)
 
 
@@ -149,7 +146,7 @@ def show_pictures(cfg: Config, folder: str) -> None:
     if cfg.get('default_scope') == 'mmpretrain':
         hook |= dict(type='VisualizationHook', enable=True, out_dir=folder, interval=1)
     elif cfg.get('default_scope') == 'mmdet':
-        # The folder is joined to that of the run; an absolute path replaces it.
+        # mmdet joins the folder to its own; an absolute path replaces it.
         hook |= dict(type='DetVisualizationHook', draw=True, test_out_dir=folder)
     else:
         hook |= dict(type='SegVisualizationHook', draw=True, interval=1)

@@ -57,6 +57,21 @@ def dicts_in(config: Any) -> Iterator[dict[str, Any]]:
             yield from dicts_in(value)
 
 
+def inner_dataset(loader: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the data set of a dataloader's config, inside wrappers such as ``RepeatDataset``.
+
+    Args:
+        loader (dict | None): Config of a dataloader.
+
+    Returns:
+        dict: Config of the data set, empty if there is none.
+    """
+    dataset = (loader or {}).get('dataset') or {}
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
 def without_pretrained(model: dict[str, Any]) -> int:
     """Remove the pretrained weights of each backbone in the config of a model, because a checkpoint sets every weight.
 

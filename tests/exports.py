@@ -26,8 +26,8 @@ EVERY_SIZE = [name for name in ATTENTIONS if name.startswith(('newton', 'cholesk
 SIZE = (96, 128)
 
 
-def slow(name):
-    return pytest.param(name, marks=pytest.mark.long)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 def build(attention, **options):

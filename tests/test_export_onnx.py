@@ -1,7 +1,6 @@
 """tools/export_onnx.py, and what reads its files: predictions, evaluation, and what both refuse."""
 
 import copy
-import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +9,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from exports import slow
 from mmengine.config import Config
 from mmengine.structures import InstanceData
+from programs import run_tool
 
 from soft_mm import export
 from soft_mm.export import export_onnx, photographs
@@ -52,10 +53,6 @@ model = dict(backbone={BACKBONE}), neck=dict(in_channels=[16, 32, 48, 64]),
 }
 
 
-def long(*values):
-    return pytest.param(*values, marks=pytest.mark.long)
-
-
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A config and a checkpoint per model. The weights are random, so that many boxes have a score above 0.05."""
@@ -87,11 +84,11 @@ def trained(tmp_path_factory):
     ('name', 'dynamic', 'outputs'),
     [
         ('classifier', 'all', [(1, 1000)]),
-        long('fpn', 'all', [(1, 96, 140)]),
-        long('upernet', 'batch', [(1, 96, 140)]),
-        long('retinanet', 'all', [(1, 100, 4), (1, 100), (1, 100)]),
+        slow('fpn', 'all', [(1, 96, 140)]),
+        slow('upernet', 'batch', [(1, 96, 140)]),
+        slow('retinanet', 'all', [(1, 100, 4), (1, 100), (1, 100)]),
         ('mask-rcnn', 'none', [(1, 100, 4), (1, 100), (1, 100), (1, 100, 28, 28)]),
-        long('mask-rcnn', 'batch', [(1, 100, 4), (1, 100), (1, 100), (1, 100, 28, 28)]),
+        slow('mask-rcnn', 'batch', [(1, 100, 4), (1, 100), (1, 100), (1, 100, 28, 28)]),
     ],
 )
 def test_exported_file_matches_the_toolbox(trained, tmp_path, name, dynamic, outputs):
@@ -115,26 +112,20 @@ def segmentor(trained, tmp_path_factory):
     return file
 
 
-def program(monkeypatch, capsys, name, *arguments):
-    """Run a tool in this process and return its exit code and what it printed."""
-    monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
-    code = 0
-    try:
-        runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
-    except SystemExit as error:
-        code = error.code
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
+def program(name, *arguments):
+    """Run a tool in this process. Return its exit code and its whole output."""
+    done = run_tool(name, *arguments)
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_predictions_of_a_file_are_drawn(segmentor, tmp_path, monkeypatch, capsys):
     picture = photographs((), 1, (120, 100))[0].transpose(1, 2, 0)
     cv2.imwrite(str(tmp_path / 'image.png'), picture[..., ::-1])
-    code, said = program(monkeypatch, capsys, 'predict.py', tmp_path / 'image.png', segmentor, '--out-dir', tmp_path)
+    code, said = program('predict.py', tmp_path / 'image.png', segmentor, '--out-dir', tmp_path)
     assert code == 0, said
     drawn = cv2.imread(str(tmp_path / 'vis' / 'image.png'))
     assert drawn.shape[:2] == (120, 100) and (drawn != picture[..., ::-1]).any()
-    code, said = program(monkeypatch, capsys, 'predict.py', tmp_path / 'image.png', segmentor, 'some.pth')
+    code, said = program('predict.py', tmp_path / 'image.png', segmentor, 'some.pth')
     assert code == 2 and 'needs no checkpoint' in said
 
 
@@ -186,7 +177,7 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path, monkeypatch, caps
         given['config'] = ROOT / 'configs/coco/deformable-detr_soft-tiny-norm_16xb2-50e_coco.py'
         monkeypatch.setattr('soft_mm.inference.check_weights', lambda model, content, path: model.state_dict())
     arguments = (given['config'], given['checkpoint'], given['out'], '--shape', *given['shape'])
-    code, said = program(monkeypatch, capsys, 'export_onnx.py', *arguments)
+    code, said = program('export_onnx.py', *arguments)
     assert code == 2 and message in said and 'Traceback' not in said
     assert [file.name for file in tmp_path.iterdir()] == ['old.onnx'] and (tmp_path / 'old.onnx').read_text() == 'old'
 
@@ -272,9 +263,9 @@ def test_reasons_are_named(name, change, reason, tmp_path):
 
 def test_file_of_another_task_is_not_evaluated(segmentor, trained, monkeypatch, capsys):
     config, _ = trained['classifier']
-    code, said = program(monkeypatch, capsys, 'test.py', config, segmentor)
+    code, said = program('test.py', config, segmentor)
     assert code == 2 and 'is for segmentation, but the config is one of mmpretrain' in said
-    code, said = program(monkeypatch, capsys, 'test.py', trained['fpn'][0], segmentor, '--amp')
+    code, said = program('test.py', trained['fpn'][0], segmentor, '--amp')
     assert code == 2 and 'takes neither --amp nor --tta nor --launcher' in said
 
 

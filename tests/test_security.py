@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from authors import REDUCED_ARCH, Classifier
 from mmengine.config import ConfigDict
 from mmengine.utils.package_utils import call_command
 from PIL import Image
+from programs import run_tool
 
 from soft_mm import SOFT
 from soft_mm.checkpoints import load_weights, read_checkpoint, to_official
@@ -304,32 +304,20 @@ def official():
     return to_official(model.state_dict())
 
 
-def convert(*arguments):
-    """Run the converter in this process. Return its exit code, its output and its error output."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['convert_checkpoint.py', *map(str, arguments)])
-        try:
-            runpy.run_path(str(ROOT / 'tools/convert_checkpoint.py'), run_name='__main__')
-        except SystemExit as exit:
-            code = exit.code
-    return code, out.getvalue(), err.getvalue()
-
-
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 @pytest.mark.parametrize('name', NAMES)
 def test_the_converter_takes_any_file_name(official, tmp_path, monkeypatch, name, suffix):
     monkeypatch.chdir(tmp_path)
     source, target = tmp_path / f'{name} theirs.pth', tmp_path / f'{name} new' / f'{name} ours{suffix}'
     torch.save(official, source)
-    code, out, err = convert(source, target)
-    assert code == 0, err
+    done = run_tool('convert_checkpoint.py', source, target)
+    assert done.returncode == 0, done.stderr
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, target.parent.name])
     content = load_weights(target)
     assert content['meta']['source'] == source.name and len(content['state_dict']) > 0
     # The printed config is Python in which the name is nothing but text.
-    printed = ast.parse(out.split('config:\n')[1])
+    printed = ast.parse(done.stdout.split('config:\n')[1])
     assert all(isinstance(statement, ast.Assign) for statement in printed.body)
     assert str(target) in [node.value for node in ast.walk(printed) if isinstance(node, ast.Constant)]
 
@@ -372,13 +360,13 @@ def test_configs_are_read_under_any_name(tmp_path, name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_the_complexity_is_printed_for_any_name(tmp_path, monkeypatch, capsys, name):
+def test_the_complexity_is_printed_for_any_name(tmp_path, name):
     config = tmp_path / f'{name}.py'
     config.write_text("model = dict(backbone=dict(type='soft_mm.SOFT', arch='tiny', out_indices=(0,)))\n")
-    monkeypatch.setattr(sys, 'argv', ['get_complexity.py', str(config), '--backbone', '--shape', '64', '64'])
-    runpy.run_path(str(ROOT / 'tools/get_complexity.py'), run_name='__main__')
+    done = run_tool('get_complexity.py', config, '--backbone', '--shape', 64, 64)
+    assert done.returncode == 0, done.stderr
     # The title is centred and may be wrapped.
-    assert ''.join(f'{name}.py'.split()) in ''.join(capsys.readouterr().out.split())
+    assert ''.join(f'{name}.py'.split()) in ''.join(done.stdout.split())
 
 
 # What the documents say.
@@ -455,17 +443,17 @@ def test_names_in_a_checkpoint_lead_nowhere(official, tmp_path, monkeypatch, nam
     (tmp_path / 'in').mkdir()
     args = argparse.Namespace(model=name, output=name)
     torch.save({'state_dict': official, 'args': args, name: name}, tmp_path / 'in' / 'theirs.pth')
-    code, out, err = convert('in/theirs.pth', 'out/ours.pth')
-    assert code == 0, err
+    done = run_tool('convert_checkpoint.py', 'in/theirs.pth', 'out/ours.pth')
+    assert done.returncode == 0, done.stderr
     assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob('*') if file.is_file()} == {
         'in/theirs.pth',
         'out/ours.pth',
     }
-    assert 'plain (default)' in out and read_checkpoint('out/ours.pth')['meta']['source'] == 'theirs.pth'
+    assert 'plain (default)' in done.stdout and read_checkpoint('out/ours.pth')['meta']['source'] == 'theirs.pth'
     torch.save({**official, f'{name}.weight': torch.ones(1)}, tmp_path / 'in' / 'theirs.pth')
     (tmp_path / 'out' / 'ours.pth').unlink()
-    code, out, err = convert('in/theirs.pth', 'out/ours.pth')
-    assert code == 2 and list((tmp_path / 'out').iterdir()) == []
+    done = run_tool('convert_checkpoint.py', 'in/theirs.pth', 'out/ours.pth')
+    assert done.returncode == 2 and list((tmp_path / 'out').iterdir()) == []
 
 
 class OnnxStandIn:

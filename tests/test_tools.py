@@ -1,11 +1,8 @@
 """Command-line tools of training, testing and prediction: what they take, do and refuse."""
 
-import contextlib
 import importlib.util
-import io
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -17,6 +14,7 @@ import torch
 from authors import Harmful
 from digits_workspace import CLASSIFIER, DENSE, OPTIONS, ROOT
 from mmengine.config import Config
+from programs import run_tool
 
 ADE20K = ROOT / 'configs/ade20k/upernet_soft-tiny-norm_8xb2-160k_ade20k-512x512.py'
 TEST_OPTIONS = ['test_dataloader.num_workers=0']
@@ -30,12 +28,9 @@ def tool(name, *arguments, cwd):
 
 def tool_here(name, *arguments):
     """Run a tool that refuses its arguments in this process. Return its exit code or message, and its error output."""
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', [name, *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
-    return end.value.code, err.getvalue()
+    done = run_tool(name, *arguments)
+    assert done.returncode != 0
+    return done.returncode, done.stderr
 
 
 def config_of(workspace, task):

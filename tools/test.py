@@ -68,7 +68,7 @@ def main():
         except ValueError as error:
             if not exported:
                 raise
-            # Such as an image of another size than that of the file.
+            # Such as an image of a size that the file does not take.
             parser.error(str(error))
     if args.json and is_main_process():
         # Not written atomically, because a device such as /dev/stdout cannot be renamed.

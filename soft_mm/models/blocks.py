@@ -79,7 +79,7 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the MLP to tokens ``(B, n, C)``."""
-        # Recorders would unroll the loop, and torch.compile plans its memory itself.
+        # An export would unroll the loop, and torch.compile plans its memory itself.
         if is_compiling() or needs_standard_operators():
             return self.after_fc1(self.fc1(x))
         recompute = self.training and torch.is_grad_enabled()

@@ -1,14 +1,10 @@
 """tools/convert_checkpoint.py: what it reads, writes, says and refuses."""
 
 import argparse
-import contextlib
 import importlib
-import io
 import pickle
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from authors import VARIANTS, Classifier, Harmful, image, official_models, recor
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
+from programs import run_tool
 
 from soft_mm import SOFT
 from soft_mm.checkpoints import from_official, read_checkpoint, to_official
@@ -30,16 +27,7 @@ def weights(arch='tiny', seed=0):
     return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
 
 
-def convert(*arguments):
-    """Run the tool in this process: to start one takes longer than the conversion."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['convert_checkpoint.py', *map(str, arguments)])
-        try:
-            runpy.run_path(str(ROOT / 'tools/convert_checkpoint.py'), run_name='__main__')
-        except SystemExit as exit:
-            code = exit.code
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+convert = partial(run_tool, 'convert_checkpoint.py')
 
 
 @pytest.fixture(scope='module')

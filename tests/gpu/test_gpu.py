@@ -44,6 +44,12 @@ def largest(found, expected):
     )
 
 
+def gradient_error(found, expected):
+    """Norm of the difference of all gradients, relative to the norm of those expected."""
+    error = sum((found[key] - gradient).square().sum() for key, gradient in expected.items()).sqrt()
+    return (error / sum(gradient.square().sum() for gradient in expected.values()).sqrt()).item()
+
+
 @contextlib.contextmanager
 def without_synchronisation():
     torch.cuda.synchronize()
@@ -74,9 +80,7 @@ def test_kernels_agree_with_the_cpu(name):
     assert value == pytest.approx(value_exact, rel=1e-4)
     # The exact pseudo-inverse divides by differences of singular values.
     if name != 'svd':
-        total = sum(gradient.square().sum() for gradient in expected.values()).sqrt()
-        error = sum((found[key] - gradient).square().sum() for key, gradient in expected.items()).sqrt()
-        assert error / total < 1e-2
+        assert gradient_error(found, expected) < 1e-2
 
 
 @pytest.mark.parametrize('dtype', HALVES)
@@ -105,8 +109,7 @@ def test_channels_last():
     value, expected = gradients(model, x)
     last, found = gradients(model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
     assert last == pytest.approx(value, rel=1e-4)
-    total = sum(gradient.square().sum() for gradient in expected.values()).sqrt()
-    assert sum((found[key] - expected[key]).square().sum() for key in expected).sqrt() / total < 1e-3
+    assert gradient_error(found, expected) < 1e-3
 
 
 @pytest.mark.parametrize('name', ['newton', 'newton normalized', 'cholesky', 'cholesky normalized'])
@@ -177,8 +180,7 @@ def test_compiled_with_cuda_graphs():
         got = {key: p.grad.double().cpu() for key, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         assert found.item() == pytest.approx(value, rel=1e-4)
-        total = sum(gradient.square().sum() for gradient in expected.values()).sqrt()
-        assert sum((got[key] - expected[key]).square().sum() for key in expected).sqrt() / total < 1e-2
+        assert gradient_error(got, expected) < 1e-2
     with torch.no_grad():
         for _ in range(3):
             torch.compiler.cudagraph_mark_step_begin()
