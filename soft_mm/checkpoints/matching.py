@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def non_tensor_keys(state_dict: Mapping[Any, Any]) -> list[Any]:
-    """List the keys of a state dict that are not strings or whose values are not tensors.
+    """List the keys of a state dict that are not strings or whose values are not dense tensors of real numbers.
 
     Args:
         state_dict (dict): State dict to check.
@@ -20,7 +20,14 @@ def non_tensor_keys(state_dict: Mapping[Any, Any]) -> list[Any]:
     Returns:
         list: The keys, empty for a proper state dict.
     """
-    return [key for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    return [key for key, value in state_dict.items() if not isinstance(key, str) or not _is_plain(value)]
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value is a dense tensor of real numbers."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_quantized and not value.is_complex()
 
 
 def conversion_command(source: str, target: str, normalized: bool) -> str:
@@ -58,9 +65,10 @@ def find_state_dict(checkpoint: dict[str, Any], path: str) -> dict[str, Tensor]:
         raise ValueError(f'{path}: state_dict is a {type(state_dict).__name__}: expected a dict of tensors')
     if non_tensors := non_tensor_keys(state_dict):
         raise ValueError(
-            f'{path}: expected a dict of tensors, but the entries {non_tensors[:4]} are not tensors. To convert a '
-            f'checkpoint of the authors, run {conversion_command(path, "converted.pth", normalized=False)}, with '
-            '--normalized if its attention is normalised'
+            f'{path}: expected a dict of tensors, but the entries {non_tensors[:4]} are not dense tensors of real '
+            f'numbers. To convert a checkpoint of the authors, run '
+            f'{conversion_command(path, "converted.pth", normalized=False)}, with --normalized if its attention is '
+            'normalised'
         )
     return state_dict
 
@@ -110,7 +118,7 @@ def compare_state_dicts(found: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 
 def _same_channels(found: Tensor, expected: Tensor) -> bool:
-    return found.ndim == expected.ndim == 4 and found.shape[:2] == expected.shape[:2]
+    return found.ndim == expected.ndim == 4 and found.shape[:2] == expected.shape[:2] and found.numel() > 0
 
 
 def check_whole_model(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str) -> None:
@@ -276,5 +284,6 @@ def describe_backbone(state_dict: Mapping[str, Tensor]) -> str:
     if not depths:
         return 'no SOFT backbone'
     keys = [f'stages.{stage}.pos_embed' for stage in sorted(depths)]
-    widths = [str(state_dict[key].shape[1]) if key in state_dict else '?' for key in keys]
+    shapes = [state_dict[key].shape if key in state_dict else () for key in keys]
+    widths = [str(shape[1]) if len(shape) > 1 else '?' for shape in shapes]
     return f'depths {", ".join(str(depths[k]) for k in sorted(depths))}, widths {", ".join(widths)}'

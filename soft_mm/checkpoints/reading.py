@@ -57,7 +57,10 @@ def local_file(source: str | Path) -> str:
     source = str(source)
     if not is_address(source):
         return os.path.expanduser(source)
-    address = urlparse(source)
+    try:
+        address = urlparse(source)
+    except ValueError as error:
+        raise ValueError(f'{source} is not an address: {error}') from None
     if address.scheme not in ('http', 'https'):
         raise ValueError(f'{source}: expected a file, or an http or https address; download the file and give its path')
     folder = Path(torch.hub.get_dir(), 'checkpoints', hashlib.sha256(source.encode()).hexdigest()[:16])
@@ -158,7 +161,8 @@ def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
             ) from None
     try:
         script = _is_script(path, is_archive)
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+    except Exception as error:
+        # Damaged archives raise exceptions of many types.
         raise ValueError(f'{path} is not a checkpoint of PyTorch, or is cut off ({error})') from None
     if script:
         # PyTorch before 2.6 runs the code of such archives even with weights_only.
@@ -183,12 +187,26 @@ def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
         raise ValueError(f'{path} is not a checkpoint of PyTorch, or is cut off ({reason})') from None
     if not isinstance(loaded, dict):
         raise ValueError(f'{path} holds a {type(loaded).__name__}: expected a dict of weights')
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in _values(loaded)):
+        raise ValueError(f'{path} holds tensors without data, of the device "meta": save the model with its weights')
     return loaded
+
+
+def _values(content: Any) -> Iterator[Any]:
+    """Yield all values of nested dicts, lists and tuples."""
+    if isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _values(value)
+    else:
+        yield content
 
 
 def _is_script(path: Path, is_archive: bool) -> bool:
     if is_archive or zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            # PyTorch does not compare the checksums. They are 0 if `torch.serialization.set_crc32_options` is off.
+            if any(info.CRC for info in archive.infolist()) and (damaged := archive.testzip()):
+                raise ValueError(f'the checksum of {damaged} is wrong')
             return any(name.endswith('/constants.pkl') for name in archive.namelist())
     return tarfile.is_tarfile(path)
 

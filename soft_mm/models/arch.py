@@ -90,8 +90,10 @@ def parse_attention(attention: dict[str, Any] | Sequence[dict[str, Any]] | None)
         cfgs = [cfgs] * (NUM_STAGES - 1)
     if len(cfgs) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in cfgs):
         raise ValueError(f'attention={attention!r}: expected None, a dict, or a list of three dicts for stages 1 to 3')
-    if any(cfg.get('grid_dims', 2) != 2 for cfg in cfgs):
+    if not all(is_integer(dims) and dims == 2 for dims in (cfg.get('grid_dims', 2) for cfg in cfgs)):
         raise ValueError(f'attention={attention!r}: expected grid_dims=2, because images have two sides; leave it out')
+    if any(cfg.get('init_cfg') is not None for cfg in cfgs):
+        raise ValueError(f'attention={attention!r}: init_cfg has no effect here; set that of the backbone')
     return cfgs
 
 

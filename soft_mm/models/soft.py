@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -49,13 +50,20 @@ from .attention.softmax_free import normalized_options
 from .blocks import SoftmaxBlock, SoftmaxFreeBlock, reset_parameters
 
 STEM_DIMS = 32
-_PRETRAINED = ('Pretrained', 'PretrainedInit')
+_AUTOCAST_TAKES_DEVICE = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)
 # What to do about keywords that configs of other backbones have.
 _HINTS = dict(
     pretrained='set model.pretrained=None and _delete_=True in the backbone if the config inherits from one of another '
     'backbone, and name the weights of SOFT in init_cfg',
     norm_cfg="leave it out; to synchronise BatchNorm between GPUs, set sync_bn='torch' in the config",
 )
+
+
+def _is_pretrained(kind: Any) -> bool:
+    """Return whether an initialisation reads a checkpoint, whatever name of it the config uses."""
+    is_name = isinstance(kind, str) and kind and not kind.startswith('.')
+    found = WEIGHT_INITIALIZERS.get(kind) if is_name else kind
+    return inspect.isclass(found) and issubclass(found, PretrainedInit)
 
 
 class PatchEmbed(nn.Sequential):
@@ -94,6 +102,12 @@ def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
         return pos_embed
     wide = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
     return nn.functional.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False).to(pos_embed.dtype)
+
+
+def _is_autocast_enabled(device_type: str) -> bool:
+    if _AUTOCAST_TAKES_DEVICE:
+        return torch.is_autocast_enabled(device_type)
+    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 class SOFTStage(BaseModule):
@@ -151,7 +165,18 @@ class SOFTStage(BaseModule):
         Returns:
             tuple[Tensor, tuple[int, int]]: Tokens after the last block, and their grid ``(H', W')``. The tokens are
             ``(B, H' * W', C)``, or with a class token, which comes first, ``(B, 1 + H' * W', C)`` after the LayerNorm.
+
+        Raises:
+            ValueError: If the device is another one than that of the weights, or the dtype, outside autocast.
         """
+        # Checked here, because FSDP moves and converts the weights of a stage just before this call.
+        if x.device != self.pos_embed.device:
+            raise ValueError(f'input on {x.device}, but the backbone is on {self.pos_embed.device}: move one of them')
+        if x.dtype != self.pos_embed.dtype and not _is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f'input of {x.dtype}, but the backbone has {self.pos_embed.dtype}: convert one of them, or use '
+                'torch.autocast'
+            )
         if not needs_standard_operators():
             # In channels-last format, a map and its tokens have the same memory layout, so no copy is needed.
             x = x.contiguous(memory_format=torch.channels_last)
@@ -297,13 +322,22 @@ class SOFT(BaseModule):
             FileNotFoundError: If the checkpoint file does not exist.
             ValueError: If ``init_cfg`` is malformed, or the checkpoint does not fit or cannot be read.
         """
-        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg or {}]
-        if not all(isinstance(cfg, dict) for cfg in cfgs):
+        cfgs = self.init_cfg if isinstance(self.init_cfg, (list, tuple)) else [self.init_cfg]
+        if self.init_cfg is None or isinstance(self.init_cfg, dict) and not self.init_cfg:
+            cfgs = []
+        if not all(isinstance(cfg, dict) and 'type' in cfg for cfg in cfgs):
             raise ValueError(
                 f'init_cfg={self.init_cfg!r}: expected a dict such as '
                 "dict(type='Pretrained', checkpoint='classifier.pth', prefix='backbone.'), a list of dicts, or None"
             )
-        pretrained = [cfg for cfg in cfgs if getattr(cfg.get('type'), '__name__', cfg.get('type')) in _PRETRAINED]
+        pretrained = [cfg for cfg in cfgs if _is_pretrained(cfg['type'])]
+        overrides = [cfg.get('override') for cfg in cfgs]
+        parts = [part for value in overrides for part in (value if isinstance(value, (list, tuple)) else [value])]
+        if any(isinstance(part, dict) and _is_pretrained(part.get('type')) for part in parts):
+            raise ValueError(
+                f'init_cfg={self.init_cfg!r}: mmengine would read a checkpoint in override without a check for code; '
+                'give the checkpoint in an entry of its own, for the whole backbone'
+            )
         if not pretrained:
             super().init_weights()
             return
@@ -311,6 +345,8 @@ class SOFT(BaseModule):
         path, prefix = pretrained[-1].get('checkpoint'), pretrained[-1].get('prefix') or ''
         if not isinstance(path, str):
             raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected the key checkpoint with a file or an address')
+        if not isinstance(prefix, str):
+            raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected a string as prefix')
         normalized = normalized_options(self)
         if not is_address(path) and not os.path.isfile(os.path.expanduser(path)):
             raise FileNotFoundError(
@@ -324,7 +360,8 @@ class SOFT(BaseModule):
         fit = match_backbone(state_dict, target, prefix, path, any(normalized))
         check_normalized(content, normalized, path)
         weights = {
-            key: resize_pos_embed(value, target[key].shape[-2:]) if key in fit.resized else value
+            # Files may hold integers, to which a resized embedding must not be rounded.
+            key: resize_pos_embed(value.float(), target[key].shape[-2:]) if key in fit.resized else value
             for key, value in fit.weights.items()
         }
         self.load_state_dict(weights)
@@ -360,6 +397,9 @@ class SOFT(BaseModule):
         return self
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            kind = x.layout if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f'input of {kind}: expected a dense tensor (B, {self.in_channels}, H, W)')
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f'input of shape {tuple(x.shape)}: expected (B, {self.in_channels}, H, W); for another number of '
@@ -375,10 +415,7 @@ class SOFT(BaseModule):
             raise ValueError(
                 f'input of {x.dtype}: expected floating-point numbers; normalise images with the data_preprocessor'
             )
-        stage: Any = self.stages[0]
-        if x.device != stage.pos_embed.device:
-            raise ValueError(f'input on {x.device}, but the backbone is on {stage.pos_embed.device}: move one of them')
-        stage = self.stages[-1]
+        stage: Any = self.stages[-1]
         norm = stage.patch_embed[1]
         single = isinstance(norm, nn.BatchNorm2d) and norm.training and x.shape[0] == 1
         if single and max(x.shape[-2:]) <= 2 ** (len(self.stages) + 1):
@@ -400,6 +437,7 @@ class SOFT(BaseModule):
             token. With ``out_type='cls_token'``, the last output is the class token ``(B, C4)`` after that LayerNorm.
 
         Raises:
+            TypeError: If the input is not a dense tensor.
             ValueError: If the number of dimensions or channels, the dtype or the device is wrong, a side is shorter
                 than 32 pixels, or BatchNorm would be trained on a single value.
         """

@@ -17,6 +17,8 @@ from .inverse import (
 from .kernel import compute_dtype, gaussian_kernel
 
 SOLVERS = ('newton', 'cholesky', 'svd')
+# The entries of A are at most 1. A much larger ridge leaves nothing of them in float32.
+MAX_RIDGE = 1000
 _DEFAULTS = dict(newton_iterations=20, newton_backward='one_step', ridge=0.01)
 
 
@@ -35,7 +37,7 @@ def check_solver(solver: str, normalized: bool = False, **options: object) -> No
     options = {**_DEFAULTS, **options}
     check_integer('newton_iterations', options['newton_iterations'])
     check_choice('newton_backward', options['newton_backward'], NEWTON_BACKWARDS)
-    check_positive('ridge', options['ridge'])
+    check_positive('ridge', options['ridge'], MAX_RIDGE)
     plain = solver == 'newton' and not normalized
     used = dict(newton_iterations=solver == 'newton', newton_backward=plain, ridge=plain or solver == 'cholesky')
     for name, value in options.items():

@@ -1,11 +1,12 @@
 """Checks of arguments. Each raises a ``ValueError`` that states the given value and the allowed values."""
 
-import math
 from collections.abc import Sequence
 from typing import TypeGuard
 
+MAX_SEED = 2**64 - 1
 
-def is_integer(value: object, minimum: int = 1) -> bool:
+
+def is_integer(value: object, minimum: int = 1) -> TypeGuard[int]:
     """Return whether a value is an integer (not a bool) >= ``minimum``.
 
     Args:
@@ -18,37 +19,40 @@ def is_integer(value: object, minimum: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def check_integer(name: str, value: object, minimum: int = 1) -> None:
+def check_integer(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:
     """Check that a value is an integer (not a bool) >= ``minimum``.
 
     Args:
         name (str): Name of the argument, for the message.
         value (object): Value to check.
         minimum (int): Smallest allowed value. Defaults to 1.
+        maximum (int | None): Largest allowed value. Defaults to None: any.
 
     Raises:
-        ValueError: If the value is not an integer or is smaller.
+        ValueError: If the value is not an integer or is outside the range.
     """
-    if not is_integer(value, minimum):
-        raise ValueError(f'{name}={value!r}: expected an integer >= {minimum}')
+    if not is_integer(value, minimum) or (maximum is not None and value > maximum):
+        bound = '' if maximum is None else f' and <= {maximum}'
+        raise ValueError(f'{name}={value!r}: expected an integer >= {minimum}{bound}')
 
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_positive(name: str, value: object) -> None:
-    """Check that a value is a finite number > 0.
+def check_positive(name: str, value: object, maximum: float) -> None:
+    """Check that a value is a number > 0 and <= ``maximum``.
 
     Args:
         name (str): Name of the argument, for the message.
         value (object): Value to check.
+        maximum (float): Largest allowed value.
 
     Raises:
-        ValueError: If the value is not a number, not finite, or not positive.
+        ValueError: If the value is not a number or is outside the range.
     """
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise ValueError(f'{name}={value!r}: expected a finite number > 0')
+    if not _is_number(value) or not 0 < value <= maximum:
+        raise ValueError(f'{name}={value!r}: expected a number > 0 and <= {maximum}')
 
 
 def check_rate(name: str, value: object) -> None:
@@ -90,5 +94,6 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     Raises:
         ValueError: If the value is none of them.
     """
-    if value not in choices:
+    # Comparing an array with a string gives an array.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f'{name}={value!r} is unknown; choose one of {tuple(choices)}')

@@ -34,8 +34,10 @@ def _iterate(kernel: Tensor, inverse: Tensor, iterations: int) -> Tensor:
     return inverse.view(shape)
 
 
-def _plain_step(kernel: Tensor) -> Tensor:
-    return 1.8 / kernel.sum(-1).amax(-1)[..., None, None].square()
+def _plain_step(kernel: Tensor, ridge: float) -> Tensor:
+    bound = kernel.sum(-1).amax(-1)[..., None, None]
+    # The iterations diverge if the step exceeds 2 / (largest eigenvalue)^2, as 1.8 / bound^2 does with a large ridge.
+    return torch.minimum(1.8 / bound.square(), 1.9 / (bound + ridge).square())
 
 
 class _OneStepNewton(torch.autograd.Function):
@@ -43,7 +45,7 @@ class _OneStepNewton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernel: Tensor, iterations: int, ridge: float) -> Tensor:
-        step = _plain_step(kernel)
+        step = _plain_step(kernel, ridge)
         kernel = add_ridge(kernel, ridge)
         inverse = _iterate(kernel, step * kernel, iterations)
         ctx.save_for_backward(inverse)
@@ -64,9 +66,10 @@ def _one_step_gradient(grad: Tensor, inverse: Tensor) -> Tensor:
 def newton_inverse(kernel: Tensor, iterations: int = 20, ridge: float = 0.01, backward: str = 'one_step') -> Tensor:
     """Compute the truncated Newton inverse of each matrix plus a ridge (SOFT, section 3.2).
 
-    ``V_0 = alpha A'`` with ``A' = A + ridge * I`` and ``alpha = 1.8 / (largest row sum of A)^2``, then
-    ``V <- 2V - V A' V``. If some landmarks are nearly equal, 20 iterations are too few to converge, and the result
-    differs from the inverse.
+    ``V_0 = alpha A'`` with ``A' = A + ridge * I`` and ``alpha = 1.8 / b^2`` for the largest row sum ``b`` of ``A``,
+    then ``V <- 2V - V A' V``. The authors' ``alpha`` diverges where the ridge is large next to ``b``. There it is
+    ``1.9 / (b + ridge)^2``, which is smaller only if ``ridge > 0.027 b``. If some landmarks are nearly equal, 20
+    iterations are too few to converge, and the result differs from the inverse.
 
     Args:
         kernel (Tensor): ``A``, ``(..., m, m)``, symmetric with entries in [0, 1].
@@ -85,7 +88,7 @@ def newton_inverse(kernel: Tensor, iterations: int = 20, ridge: float = 0.01, ba
     kernel = kernel.to(compute_dtype(kernel))
     if backward == 'one_step' and not needs_standard_operators():
         return _OneStepNewton.apply(kernel, iterations, ridge)
-    step = _plain_step(kernel)
+    step = _plain_step(kernel, ridge)
     matrix = add_ridge(kernel, ridge)
     if backward == 'exact' or torch.onnx.is_in_onnx_export():
         return _iterate(matrix, step * matrix, iterations)
@@ -144,7 +147,10 @@ def pseudo_inverse(landmarks: Tensor) -> tuple[Tensor, Tensor]:
     """
     kernel = gaussian_kernel(landmarks.double(), landmarks.double())
     dtype = compute_dtype(landmarks)
-    return torch.linalg.pinv(kernel, hermitian=True).to(dtype), kernel.to(dtype)
+    # The decomposition of a matrix with NaN raises an error, also for the other matrices of the batch.
+    finite = kernel.isfinite().all(-1).all(-1)[..., None, None]
+    inverse = torch.linalg.pinv(torch.where(finite, kernel, 0), hermitian=True)
+    return torch.where(finite, inverse, torch.nan).to(dtype), kernel.to(dtype)
 
 
 @without_autocast

@@ -93,12 +93,13 @@ def test_cls_token_is_last_and_maps_precede_it():
 
 @pytest.mark.parametrize('attention', ATTENTIONS.values(), ids=ATTENTIONS)
 def test_an_image_does_not_depend_on_its_batch(attention):
-    model = reduced(attention=attention).eval()
-    x = torch.randn(2, 3, 96, 160)
+    # In float64, because the inverse amplifies rounding, which differs between batch sizes and machines.
+    model = reduced(attention=attention).eval().double()
+    x = torch.randn(2, 3, 96, 160, dtype=torch.float64)
     x[1] = 0.01 * x[1] + 3
     with torch.no_grad():
         for alone, together in zip(model(x[:1]), model(x)):
-            torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
+            torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize('in_channels', [1, 4])

@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from soft_mm import ops
-from soft_mm.ops.checks import check_integer
+from soft_mm.ops.checks import check_integer, is_integer
 from soft_mm.ops.recording import has_variable
 from soft_mm.registry import MODELS
 
@@ -107,7 +107,7 @@ class BaseAttention(BaseModule):
             raise ValueError(f'embed_dims={embed_dims}: expected a multiple of num_heads={num_heads}')
         if conv_size % 2 == 0:
             raise ValueError(f'conv_size={conv_size}: expected an odd integer')
-        if grid_dims not in (1, 2):
+        if not is_integer(grid_dims) or grid_dims > 2:
             raise ValueError(f'grid_dims={grid_dims!r}: expected 2 (maps) or 1 (sequences)')
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
@@ -270,7 +270,13 @@ def value_gradients(attend: Callable[[Tensor], Tensor], v: Tensor, points: Seque
 
 
 def _takes_shape(kind: Any) -> bool:
-    return inspect.isclass(kind) and set(_SHAPE) <= set(inspect.signature(kind).parameters)
+    if not inspect.isclass(kind):
+        return False
+    try:
+        return set(_SHAPE) <= set(inspect.signature(kind).parameters)
+    except ValueError:
+        # Classes written in C, such as dict and torch.Tensor, have no signature.
+        return False
 
 
 def _needs_only_shape(kind: Any) -> bool:
@@ -306,17 +312,19 @@ def build_attention(
 
     Raises:
         ValueError: If the type is unknown or the value of an option is out of its range.
-        TypeError: If the type does not have one of the options.
+        TypeError: If the type does not have one of the options, or needs another one.
     """
     options = dict(cfg)
     kind = options.pop('type', 'SoftmaxFreeAttention')
     # MODELS.get also imports paths such as 'package.name', so the result can be any object.
-    cls = MODELS.get(kind) if isinstance(kind, str) and kind else kind
+    # A name that begins with a dot would be a relative import.
+    is_name = isinstance(kind, str) and kind and not kind.startswith('.')
+    cls = MODELS.get(kind) if is_name else kind
     if not _takes_shape(cls):
         problem = 'is unknown' if cls is None else f'does not take {list(_SHAPE)}'
         raise ValueError(f'attention type {kind!r} {problem}; choose one of {_registered_attentions()}')
     allowed = [name for name in inspect.signature(cls).parameters if name not in _SHAPE]
-    unknown = sorted(set(options) - set(allowed))
+    unknown = sorted(set(options) - set(allowed), key=str)
     if unknown:
         raise TypeError(
             f'attention keys {unknown} are unknown to {cls.__name__}; allowed are {["type", *allowed]}. If a base '
@@ -324,4 +332,11 @@ def build_attention(
         )
     if 'grid' in allowed and grid is not None:
         options.setdefault('grid', grid)
-    return cls(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size, **options)
+    options = dict(options, embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size)
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        raise TypeError(
+            f'attention type {kind!r}: {error}; give it, or choose one of {_registered_attentions()}'
+        ) from None
+    return cls(**options)

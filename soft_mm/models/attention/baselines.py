@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soft_mm import ops
-from soft_mm.ops.checks import check_integer, is_integer
+from soft_mm.ops.checks import MAX_SEED, check_integer, is_integer
 from soft_mm.registry import MODELS
 
 from .base import BaseAttention, InitCfg, LocalBranch, SharedQKAttention, patch_sides, split_heads, value_gradients
@@ -141,7 +141,7 @@ class PerformerAttention(_QKVAttention):
         check_integer('num_features', num_features)
         if redraw_interval is not None:
             check_integer('redraw_interval', redraw_interval)
-        check_integer('seed', seed, minimum=0)
+        check_integer('seed', seed, minimum=0, maximum=MAX_SEED)
         self.redraw_interval = redraw_interval
         self.forwards = 0
         generator = torch.Generator().manual_seed(seed)
@@ -174,7 +174,8 @@ class NystromAttention(_QKVAttention):
         conv_size (int): Side of the filters of the local branch, one per head, odd.
         num_landmarks (int): Largest number of landmarks, which are means over the cells of a grid or the segments of a
             sequence. Defaults to 49.
-        iterations (int): Number of iterations of the pseudo-inverse. Defaults to 6, as in the paper.
+        iterations (int): Number of iterations of the pseudo-inverse, at most 30: more only add rounding errors, which
+            grow without bound. Defaults to 6, as in the paper.
         grid_dims (int): 2 for maps, 1 for sequences. Defaults to 2.
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
 
@@ -195,7 +196,7 @@ class NystromAttention(_QKVAttention):
     ) -> None:
         super().__init__(embed_dims, num_heads, ratio, conv_size, grid_dims, init_cfg)
         check_integer('num_landmarks', num_landmarks)
-        check_integer('iterations', iterations)
+        check_integer('iterations', iterations, maximum=30)
         self.num_landmarks = num_landmarks
         self.iterations = iterations
         self.local = LocalBranch(num_heads, conv_size, grid_dims)

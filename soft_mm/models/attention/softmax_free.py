@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.attention import check_solver
-from soft_mm.ops.checks import check_bool, check_choice, check_integer, is_integer
+from soft_mm.ops.checks import MAX_SEED, check_bool, check_choice, check_integer, is_integer
 from soft_mm.ops.recording import has_dynamic_side, needs_standard_operators
 from soft_mm.registry import MODELS
 
@@ -64,7 +64,7 @@ class SoftmaxFreeAttention(SharedQKAttention):
         max_landmarks (int | None): Largest number of landmarks. If there are more, they are average-pooled on their
             grid. Defaults to None: no bound, as in the authors' code, so the number of landmarks grows with the tokens.
         ridge (float): Added to the diagonal of the landmark kernel. ``'svd'``, and ``'newton'`` with
-            ``normalized=True``, have no ridge. Defaults to 0.01, as in the authors' code.
+            ``normalized=True``, have no ridge. At most 1000. Defaults to 0.01, as in the authors' code.
         sampler (str): How landmarks are sampled, one per patch. ``'conv'``: strided convolution, LayerNorm and GELU.
             ``'mean'``: mean of the queries. ``'random'``: random queries, drawn in each forward pass in training and
             fixed in evaluation. Defaults to ``'conv'``.
@@ -102,7 +102,7 @@ class SoftmaxFreeAttention(SharedQKAttention):
         check_choice('sampler', sampler, SAMPLERS)
         if max_landmarks is not None and not is_integer(max_landmarks):
             raise ValueError(f'max_landmarks={max_landmarks!r}: expected None or an integer >= 1')
-        check_integer('seed', seed, minimum=0)
+        check_integer('seed', seed, minimum=0, maximum=MAX_SEED)
         if seed and sampler != 'random':
             raise ValueError(
                 f"seed={seed} has no effect with sampler={sampler!r}: leave it out, or set sampler='random'"
