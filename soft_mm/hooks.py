@@ -1,14 +1,112 @@
 """Hooks of mmengine's runner."""
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from mmengine.hooks import Hook
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
 from soft_mm.registry import HOOKS
+from soft_mm.utils import atomic_path
+
+
+class AtomicBackend(LocalBackend):
+    """mmengine's backend for local files, which writes each file atomically (temporary file, then rename)."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write a file.
+
+        Args:
+            obj (bytes): Content.
+            filepath (str | Path): File to write. Its folder is made if it does not exist.
+
+        Raises:
+            OSError: If the disk is full. An older file of the name is kept.
+        """
+        os.makedirs(os.path.dirname(filepath) or '.', exist_ok=True)
+        with atomic_path(filepath) as temporary, temporary.open('wb') as file:
+            file.write(obj)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+register_backend('soft_mm_atomic', AtomicBackend)
+
+
+class _DelayedRemoval:
+    """A file backend that notes which files and folders to remove, instead of removing them."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._noted: list[tuple[Any, str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self._noted.append((self._backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self._noted.append((self._backend.rmtree, path))
+
+    def do(self) -> None:
+        for remove, path in self._noted:
+            remove(path)
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's ``CheckpointHook``, which loses no checkpoint if a training is killed or the disk is full.
+
+    Local files are written atomically, and older checkpoints are removed after the new one is written instead of
+    before. One more checkpoint than ``max_keep_ckpts`` therefore needs space on the disk. ``tools/train.py`` uses this
+    hook wherever a config has ``type='CheckpointHook'``. The arguments are those of mmengine's hook.
+    """
+
+    backend_args: Any
+    file_backend: Any
+
+    def before_train(self, runner: Runner) -> None:
+        """Choose the backend, and remove what a killed training left unfinished."""
+        super().before_train(runner)
+        if self.backend_args is None and self.file_client_args is None and type(self.file_backend) is LocalBackend:
+            self.backend_args = dict(backend='soft_mm_atomic')
+            if is_main_process():
+                for unfinished in Path(self.out_dir).glob('.*.pth.*.part'):
+                    unfinished.unlink()
+
+    @contextmanager
+    def _removing_afterwards(self) -> Iterator[None]:
+        backend = self.file_backend
+        self.file_backend = delayed = _DelayedRemoval(backend)
+        try:
+            yield
+        finally:
+            self.file_backend = backend
+        delayed.do()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Save a checkpoint after every ``interval`` epochs."""
+        with self._removing_afterwards():
+            super().after_train_epoch(runner)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Save a checkpoint after every ``interval`` iterations."""
+        with self._removing_afterwards():
+            super().after_train_iter(runner, batch_idx, data_batch, outputs)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Save the best checkpoint."""
+        with self._removing_afterwards():
+            super().after_val_epoch(runner, metrics)
 
 
 @HOOKS.register_module()

@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import errno
+import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +75,41 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
     return cfg
 
 
+def find_newest_checkpoint(work_dir: str | Path) -> str | None:
+    """Find the checkpoint to resume from.
+
+    Args:
+        work_dir (str | Path): Work directory of the training.
+
+    Returns:
+        str | None: The checkpoint that ``last_checkpoint`` of mmengine names. If there is none, as after a full disk or
+        in a folder that was moved, the newest of the files ``epoch_*.pth`` and ``iter_*.pth``. None without any.
+    """
+    named = find_latest_checkpoint(str(work_dir)) or None
+    if named and os.path.exists(named):
+        return named
+    files = [path for path in Path(work_dir).glob('*.pth') if re.fullmatch(r'(epoch|iter)_\d+', path.stem)]
+    if not files:
+        return named
+    newest = str(max(files, key=lambda path: (path.stat().st_mtime_ns, int(path.stem.partition('_')[2]))))
+    problem = f'names {named}, which does not exist' if named else 'is missing or empty'
+    print_log(f'{work_dir}/last_checkpoint {problem}: {newest} is the newest', 'current', logging.WARNING)
+    return newest
+
+
+def protect_checkpoints(cfg: Config) -> None:
+    """Save checkpoints by :class:`~soft_mm.hooks.SafeCheckpointHook` if the config has mmengine's own hook.
+
+    Args:
+        cfg (Config): Config of a training, changed in place.
+    """
+    if cfg.get('default_hooks') is None:
+        cfg.default_hooks = {}
+    hook = cfg.default_hooks.get('checkpoint', dict(type='CheckpointHook'))
+    if hook and hook.get('type') in ('CheckpointHook', 'mmengine.CheckpointHook'):
+        cfg.default_hooks.checkpoint = dict(hook, type='soft_mm.SafeCheckpointHook')
+
+
 def find_start(cfg: Config, resume: str | None) -> None:
     """Set the checkpoint from which a training starts.
 
@@ -84,7 +122,7 @@ def find_start(cfg: Config, resume: str | None) -> None:
         # mmengine would find the checkpoint by itself and read it unchecked.
         resume = 'auto'
     if resume == 'auto':
-        resume = find_latest_checkpoint(cfg.work_dir)
+        resume = find_newest_checkpoint(cfg.work_dir)
         if resume is None:
             cfg.resume = False
             origin = f'the weights of {cfg.load_from}' if cfg.get('load_from') else 'the beginning'
@@ -201,6 +239,26 @@ def build_runner(cfg: Config) -> Runner:
         cfg.model_wrapper_cfg.setdefault('device_ids', None)
         revert_sync_batchnorm(cfg.model)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+@contextlib.contextmanager
+def full_disk(work_dir: str | Path) -> Iterator[None]:
+    """Exit with one sentence instead of a traceback if a file cannot be written because the disk is full.
+
+    Args:
+        work_dir (str | Path): Work directory of the training.
+
+    Yields:
+        None
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        newest = find_newest_checkpoint(work_dir)
+        kept = f'the newest checkpoint is {newest}' if newest else 'no checkpoint was written yet'
+        sys.exit(f'{error}: the training stopped, {kept}; free space in {work_dir} and go on with --resume')
 
 
 @contextlib.contextmanager

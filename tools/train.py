@@ -5,7 +5,16 @@ import torch
 from soft_mm.checkpoints.matching import check_normalized
 from soft_mm.inference import read_whole_model
 from soft_mm.models.attention.softmax_free import normalized_options
-from soft_mm.runner import build_runner, check_resume, find_start, load_config, missing_files, runner_parser
+from soft_mm.runner import (
+    build_runner,
+    check_resume,
+    find_start,
+    full_disk,
+    load_config,
+    missing_files,
+    protect_checkpoints,
+    runner_parser,
+)
 
 
 def main():
@@ -41,12 +50,14 @@ def main():
                 parser.error(f'--auto-scale-lr: set auto_scale_lr = dict(base_batch_size=...) in {args.config} first')
             cfg.auto_scale_lr.enable = True
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='soft_mm.MissingGradientHook')]
+        protect_checkpoints(cfg)
         runner = build_runner(cfg)
         try:
             check_normalized(content, normalized_options(runner.model), cfg.load_from)
         except ValueError as error:
             parser.error(str(error))
-        runner.train()
+        with full_disk(cfg.work_dir):
+            runner.train()
 
 
 if __name__ == '__main__':
