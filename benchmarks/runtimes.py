@@ -120,7 +120,14 @@ def main():
     parser.add_argument(
         '--inputs', type=_shape, nargs='+', required=True, metavar='NxHxW', help='images, height and width in pixels'
     )
-    parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, default=RUNTIMES, metavar='RUNTIME')
+    parser.add_argument(
+        '--runtimes',
+        nargs='+',
+        choices=RUNTIMES,
+        default=RUNTIMES,
+        metavar='RUNTIME',
+        help=f'of {", ".join(RUNTIMES)} (default: all)',
+    )
     parser.add_argument(
         '--images', metavar='FOLDER', help='images to measure and calibrate with (default: one photograph)'
     )

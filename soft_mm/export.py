@@ -343,7 +343,10 @@ def _toolbox_predictions(model: Any, pixels: np.ndarray, task: str) -> list[Any]
 
 def _require(ok: bool, text: str) -> str:
     if not ok:
-        raise ValueError(f'the ONNX file does not match PyTorch: {text}. No file was written')
+        raise ValueError(
+            f'the ONNX file does not match PyTorch: {text}. No file was written: give other --images, or the --shape '
+            'of the test pipeline'
+        )
     return text
 
 

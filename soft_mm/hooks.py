@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from soft_mm.utils import atomic_path
 
 
 class AtomicBackend(LocalBackend):
-    """mmengine's backend for local files, which writes each file atomically (temporary file, then rename)."""
+    """mmengine's backend for local files, with an atomic ``put`` (temporary file, then rename)."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write a file.
@@ -57,18 +57,21 @@ class _DelayedRemoval:
     def rmtree(self, path: str) -> None:
         self._noted.append((self._backend.rmtree, path))
 
-    def do(self) -> None:
+    def do(self, kept: Container[object]) -> None:
         for remove, path in self._noted:
-            remove(path)
+            if path not in kept:
+                remove(path)
 
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's ``CheckpointHook``, which loses no checkpoint if a training is killed or the disk is full.
+    """Save checkpoints as mmengine's ``CheckpointHook`` does, but never leave a work directory without the last one.
 
-    Local files are written atomically, and older checkpoints are removed after the new one is written instead of
-    before. One more checkpoint than ``max_keep_ckpts`` therefore needs space on the disk. ``tools/train.py`` uses this
-    hook wherever a config has ``type='CheckpointHook'``. The arguments are those of mmengine's hook.
+    The last checkpoint stays if the training is killed or the disk is full while the next one is written.
+    Files on a local disk are written atomically by mmengine's ``Runner``, not by its ``FlexibleRunner``. Older
+    checkpoints are removed after the new one is written instead of before, so one more than ``max_keep_ckpts`` needs
+    space, and two best ones per metric of ``save_best``. ``tools/train.py`` uses this hook where
+    ``default_hooks.checkpoint`` is mmengine's own. The arguments are those of mmengine's hook.
     """
 
     backend_args: Any
@@ -77,11 +80,12 @@ class SafeCheckpointHook(CheckpointHook):
     def before_train(self, runner: Runner) -> None:
         """Choose the backend, and remove what a killed training left unfinished."""
         super().before_train(runner)
-        if self.backend_args is None and self.file_client_args is None and type(self.file_backend) is LocalBackend:
+        local = self.backend_args in (None, dict(backend='local')) and self.file_client_args is None
+        if local and type(self.file_backend) is LocalBackend:
             self.backend_args = dict(backend='soft_mm_atomic')
             if is_main_process():
-                for unfinished in Path(self.out_dir).glob('.*.pth.*.part'):
-                    unfinished.unlink()
+                for unfinished in Path(self.out_dir).glob('.*.part'):
+                    unfinished.unlink(missing_ok=True)
 
     @contextmanager
     def _removing_afterwards(self) -> Iterator[None]:
@@ -91,7 +95,9 @@ class SafeCheckpointHook(CheckpointHook):
             yield
         finally:
             self.file_backend = backend
-        delayed.do()
+        # A new checkpoint can have the name of the old one.
+        best = (getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values())
+        delayed.do({self.last_ckpt, *best})
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Save a checkpoint after every ``interval`` epochs."""

@@ -62,7 +62,7 @@ def import_extra(*names: str) -> list[ModuleType]:
         except ModuleNotFoundError:
             missing.append(name)
     if missing:
-        raise ValueError(f"{', '.join(missing)} must be installed for ONNX: pip install 'soft_mm[export]'")
+        raise ValueError(f'{", ".join(missing)} must be installed for ONNX: pip install onnx onnxscript onnxruntime')
     return found
 
 

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from .checkpoints.reading import is_address
 from .utils import dicts_in, inner_dataset, read_config
 
 
@@ -82,12 +84,14 @@ def find_newest_checkpoint(work_dir: str | Path) -> str | None:
         work_dir (str | Path): Work directory of the training.
 
     Returns:
-        str | None: The checkpoint that ``last_checkpoint`` of mmengine names. If there is none, as after a full disk or
-        in a folder that was moved, the newest of the files ``epoch_*.pth`` and ``iter_*.pth``. None without any.
+        str | None: The checkpoint that ``last_checkpoint`` of mmengine names, also in a folder that was moved. If there
+        is none, as after a full disk, the newest of the files ``epoch_*.pth`` and ``iter_*.pth``. None without any.
     """
     named = find_latest_checkpoint(str(work_dir)) or None
-    if named and os.path.exists(named):
+    if named and (is_address(named) or os.path.exists(named)):
         return named
+    if named and (moved := Path(work_dir, Path(named).name)).exists():
+        return str(moved)
     files = [path for path in Path(work_dir).glob('*.pth') if re.fullmatch(r'(epoch|iter)_\d+', path.stem)]
     if not files:
         return named
@@ -101,12 +105,13 @@ def protect_checkpoints(cfg: Config) -> None:
     """Save checkpoints by :class:`~soft_mm.hooks.SafeCheckpointHook` if the config has mmengine's own hook.
 
     Args:
-        cfg (Config): Config of a training, changed in place.
+        cfg (Config): Config of a training, changed in place. Hooks in ``custom_hooks`` stay as they are.
     """
     if cfg.get('default_hooks') is None:
         cfg.default_hooks = {}
     hook = cfg.default_hooks.get('checkpoint', dict(type='CheckpointHook'))
-    if hook and hook.get('type') in ('CheckpointHook', 'mmengine.CheckpointHook'):
+    kind = hook.get('type') if hook else None
+    if (HOOKS.get(kind) if isinstance(kind, str) else kind) is CheckpointHook:
         cfg.default_hooks.checkpoint = dict(hook, type='soft_mm.SafeCheckpointHook')
 
 
@@ -243,7 +248,7 @@ def build_runner(cfg: Config) -> Runner:
 
 @contextlib.contextmanager
 def full_disk(work_dir: str | Path) -> Iterator[None]:
-    """Exit with one sentence instead of a traceback if a file cannot be written because the disk is full.
+    """Exit with one sentence instead of a traceback if a disk is full or a limit of the size of files is reached.
 
     Args:
         work_dir (str | Path): Work directory of the training.
@@ -257,7 +262,7 @@ def full_disk(work_dir: str | Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         newest = find_newest_checkpoint(work_dir)
-        kept = f'the newest checkpoint is {newest}' if newest else 'no checkpoint was written yet'
+        kept = f'the newest checkpoint is {newest}' if newest and os.path.exists(newest) else 'there is no checkpoint'
         sys.exit(f'{error}: the training stopped, {kept}; free space in {work_dir} and go on with --resume')
 
 

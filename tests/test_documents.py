@@ -159,6 +159,7 @@ OUTPUTS = {
         'torch.Size([4, 2048, 64])',
         '(1, 512, 2, 3)',
     ],
+    'docs/deployment.md': ['thing '],
     'docs/configs.md': ['mask-rcnn_soft-tiny-norm_fpn_1x_coco.py'],
 }
 OUTPUTS['README_zh-CN.md'] = OUTPUTS['docs/index.md'] = OUTPUTS['README.md']
@@ -166,7 +167,7 @@ OUTPUTS['README_zh-CN.md'] = OUTPUTS['docs/index.md'] = OUTPUTS['README.md']
 
 @pytest.fixture
 def exported(tmp_path):
-    """A folder with the image and the exported classifier that docs/deployment.md reads."""
+    """A folder with the image and the exported models that docs/deployment.md reads."""
     pytest.importorskip('onnxruntime', reason='requirements/openmmlab.txt has no onnxruntime')
     from soft_mm.export import export_onnx, photographs
 
@@ -181,7 +182,24 @@ model = dict(
     )
     model = build_model(Config.fromfile(tmp_path / 'config.py'))
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
-    export_onnx(tmp_path / 'config.py', tmp_path / 'model.pth', tmp_path / 'model.onnx', (64, 64))
+    export_onnx(tmp_path / 'config.py', tmp_path / 'model.pth', tmp_path / 'classifier.onnx', (64, 64))
+    (tmp_path / 'detector.py').write_text(
+        f"""
+_base_ = '{ROOT}/configs/coco/mask-rcnn_soft-tiny-norm_fpn_1x_coco.py'
+model = dict(
+    backbone=dict(
+        arch=dict(_delete_=True, embed_dims=(8, 8, 8, 8), num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1)), init_cfg=None
+    ),
+    neck=dict(in_channels=[8, 8, 8, 8]),
+    # The scores of a single class are about 0.5 without training, above the threshold of the example.
+    roi_head=dict(bbox_head=dict(num_classes=1), mask_head=dict(num_classes=1)),
+)
+test_dataloader = dict(dataset=dict(metainfo=dict(classes=('thing',), palette=[(0, 200, 0)])))
+"""
+    )
+    model = build_model(Config.fromfile(tmp_path / 'detector.py'))
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'detector.pth')
+    export_onnx(tmp_path / 'detector.py', tmp_path / 'detector.pth', tmp_path / 'detector.onnx', (64, 96), check=False)
     cv2.imwrite(str(tmp_path / 'image.jpg'), photographs((), 1, (80, 90))[0].transpose(1, 2, 0))
     return tmp_path
 

@@ -1,5 +1,6 @@
 """Faults and settings of long trainings, with mmengine's runner and a small backbone."""
 
+import copy
 import errno
 import os
 import signal
@@ -11,82 +12,102 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import CheckpointHook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.registry import DATASETS, METRICS
+from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch.utils.data import Dataset
 
 from soft_mm import SOFT, hooks
-from soft_mm.runner import find_newest_checkpoint, find_start, full_disk, protect_checkpoints
+from soft_mm.runner import build_runner, find_newest_checkpoint, find_start, full_disk, protect_checkpoints
 
 ARCH = dict(embed_dims=(4, 4, 6, 8), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1))
 
 
-class Images(Dataset):
-    """Eight images of noise with a label each."""
+@DATASETS.register_module()
+class NoiseImages(Dataset):
+    """Images of noise with a label each."""
+
+    def __init__(self, length=8):
+        self.length = length
 
     def __len__(self):
-        return 8
+        return self.length
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
         return torch.randn(3, 32, 48, generator=generator), index % 3
 
 
-class Classifier(BaseModel):
+@MMENGINE_MODELS.register_module()
+class NoiseClassifier(BaseModel):
+    """A linear head over the mean of every output of the backbone."""
+
     def __init__(self, **options):
         super().__init__()
-        self.backbone = SOFT(ARCH, out_type='cls_token', **options)
-        self.head = torch.nn.Linear(8, 3)
+        self.backbone = SOFT(**dict(dict(arch=ARCH), **options))
+        self.head = torch.nn.Linear(sum(ARCH['embed_dims'][i] for i in self.backbone.out_indices), 3)
 
     def forward(self, inputs, labels, mode='tensor'):
-        scores = self.head(self.backbone(inputs)[-1])
+        scores = self.head(torch.cat([out.mean((2, 3)) for out in self.backbone(inputs)], 1))
         if mode == 'loss':
             return dict(loss=torch.nn.functional.cross_entropy(scores, labels))
         return scores
 
 
-class Score(BaseMetric):
+@METRICS.register_module()
+class LargestScore(BaseMetric):
     """Mean of the largest scores, which depends on every weight."""
 
     def process(self, data_batch, data_samples):
-        self.results.append(torch.stack(list(data_samples)).max().item())
+        self.results += [scores.max().item() for scores in data_samples]
 
     def compute_metrics(self, results):
-        return dict(score=sum(results) / len(results))
+        return dict(score=sum(results) / len(results), images=len(results))
 
 
-def toy_runner(work_dir, epochs, **changes):
-    """A runner of mmengine, with the hooks of ``tools/train.py``."""
-    options = changes.pop('model', {})
-    batch_size = changes.pop('batch_size', 2)
-    cfg = Config(dict(default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))))
-    cfg.merge_from_dict(dict(work_dir=str(work_dir), **changes))
+@METRICS.register_module()
+class RisingScore(BaseMetric):
+    """A metric that rises with each evaluation."""
+
+    count = 0
+
+    def process(self, data_batch, data_samples):
+        self.results += [0] * len(data_samples)
+
+    def compute_metrics(self, results):
+        RisingScore.count += 1
+        return dict(rising=RisingScore.count)
+
+
+def toy_runner(work_dir, epochs, launcher='none', **changes):
+    """A runner of mmengine, built as ``tools/train.py`` builds it."""
+    loader = dict(
+        dataset=dict(type='NoiseImages'),
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=dict(type='default_collate'),
+    )
+    cfg = Config(
+        dict(
+            work_dir=str(work_dir),
+            launcher=launcher,
+            model=dict(type='NoiseClassifier'),
+            train_dataloader=dict(loader, batch_size=2),
+            train_cfg=changes.pop('train_cfg', dict(by_epoch=True, max_epochs=epochs, val_interval=1)),
+            val_dataloader=dict(loader, batch_size=3),
+            val_cfg=dict(),
+            val_evaluator=dict(type='LargestScore'),
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1)),
+            randomness=dict(seed=0),
+            experiment_name=f'{Path(work_dir).name}-{epochs}-{os.urandom(4).hex()}',
+        )
+    )
+    cfg.merge_from_dict(changes)
     protect_checkpoints(cfg)
     find_start(cfg, 'auto')
-    torch.manual_seed(0)
-    loader = dict(
-        dataset=Images(),
-        num_workers=0,
-        collate_fn=dict(type='default_collate'),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-    )
-    return Runner(
-        model=Classifier(**options),
-        work_dir=cfg.work_dir,
-        train_dataloader=dict(loader, batch_size=batch_size),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs, val_interval=1),
-        val_dataloader=dict(loader, batch_size=3),
-        val_cfg=dict(),
-        val_evaluator=[Score()],
-        optim_wrapper=cfg.get('optim_wrapper', dict(optimizer=dict(type='AdamW', lr=1e-3))),
-        default_hooks=cfg.default_hooks,
-        custom_hooks=cfg.get('custom_hooks'),
-        load_from=cfg.get('load_from'),
-        resume=cfg.get('resume', False),
-        randomness=dict(seed=0, deterministic=False),
-        experiment_name=f'{Path(work_dir).name}-{epochs}-{os.urandom(4).hex()}',
-        cfg=dict(cfg.get('runner_cfg', {})),
-    )
+    return build_runner(cfg)
 
 
 def weights(path):
@@ -115,36 +136,66 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, custom_hooks):
         assert_same_weights(tmp_path / folder / 'epoch_4.pth', tmp_path / 'whole/epoch_4.pth')
 
 
-def disk_of(allowed, name):
+def disk_of(allowed):
     """A replacement of ``os.fsync`` for a disk that is full after some files."""
     left = [allowed]
 
     def sync(number):
         left[0] -= 1
         if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return sync
 
 
-@pytest.mark.parametrize('save_best', [False, True])
-def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, save_best):
+def names(folder):
+    return sorted(path.name for path in folder.glob('*.pth'))
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """Also if only one checkpoint is kept."""
-    hook = dict(type='CheckpointHook', interval=1, max_keep_ckpts=1)
-    if save_best:
-        hook.update(save_best='score', rule='greater')
-    toy_runner(tmp_path / 'whole', 3, default_hooks=dict(checkpoint=hook)).train()
     run = tmp_path / 'run'
-    toy_runner(run, 1, default_hooks=dict(checkpoint=hook)).train()
-    before = sorted(path.name for path in run.glob('*.pth'))
+    toy_runner(tmp_path / 'whole', 3).train()
+    toy_runner(run, 1).train()
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught, full_disk(run):
-        patch.setattr(hooks.os, 'fsync', disk_of(0, 'epoch_2.pth'))
-        toy_runner(run, 3, default_hooks=dict(checkpoint=hook)).train()
+        patch.setattr(hooks.os, 'fsync', disk_of(0))
+        toy_runner(run, 3).train()
     assert 'No space left' in str(caught.value) and f'the newest checkpoint is {run}/epoch_1.pth' in str(caught.value)
-    assert sorted(path.name for path in run.glob('*.pth')) == before
-    assert not list(run.glob('.*.part'))
-    toy_runner(run, 3, default_hooks=dict(checkpoint=hook)).train()
+    assert names(run) == ['epoch_1.pth'] and not list(run.glob('.*.part'))
+    toy_runner(run, 3).train()
     assert_same_weights(run / 'epoch_3.pth', tmp_path / 'whole/epoch_3.pth')
+
+
+BEST = dict(type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best='rising', rule='greater')
+
+
+@pytest.mark.parametrize(
+    ('allowed', 'expected'),
+    [
+        (0, ['best_rising_epoch_1.pth', 'epoch_1.pth']),
+        (1, ['best_rising_epoch_1.pth', 'epoch_2.pth']),
+        # The newest checkpoint is written again, because it also holds the best score.
+        (2, ['best_rising_epoch_1.pth', 'best_rising_epoch_2.pth', 'epoch_2.pth']),
+    ],
+)
+def test_full_disk_leaves_a_best_checkpoint(tmp_path, monkeypatch, allowed, expected):
+    changes = dict(val_evaluator=dict(type='RisingScore'), default_hooks=dict(checkpoint=BEST))
+    toy_runner(tmp_path, 1, **changes).train()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left'):
+        patch.setattr(hooks.os, 'fsync', disk_of(allowed))
+        toy_runner(tmp_path, 2, **changes).train()
+    assert names(tmp_path) == expected
+
+
+def test_best_checkpoint_of_the_same_name_stays(tmp_path):
+    """In an iteration-based training, mmengine gives each best checkpoint the same name if the hook counts epochs."""
+    train_cfg = dict(by_epoch=False, max_iters=6, val_interval=2)
+    changes = dict(val_evaluator=dict(type='RisingScore'), default_hooks=dict(checkpoint=BEST), train_cfg=train_cfg)
+    toy_runner(tmp_path, 1, **changes).train()
+    (best,) = (path for path in tmp_path.glob('best_*.pth'))
+    last = toy_runner(tmp_path / 'again', 1, **changes).train().state_dict()
+    for key, value in weights(best).items():
+        assert torch.equal(value, last[key]), key
 
 
 KILLED = """
@@ -191,7 +242,8 @@ def test_newest_checkpoint_is_found_without_its_name(tmp_path, content):
     if content is not None:
         (tmp_path / 'last_checkpoint').write_text(content)
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / 'epoch_10.pth')
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
+    # The name counts more than the times, which a copy changes.
+    (tmp_path / 'last_checkpoint').write_text('/moved/work_dirs/run/epoch_1.pth')
     assert find_newest_checkpoint(tmp_path) == str(tmp_path / 'epoch_1.pth')
 
 
@@ -200,7 +252,9 @@ def test_newest_checkpoint_is_found_without_its_name(tmp_path, content):
     [
         (dict(type='CheckpointHook', interval=5), dict(type='soft_mm.SafeCheckpointHook', interval=5)),
         (dict(type='mmengine.CheckpointHook'), dict(type='soft_mm.SafeCheckpointHook')),
-        (dict(type='MyHook'), dict(type='MyHook')),
+        (dict(type='mmengine.hooks.CheckpointHook'), dict(type='soft_mm.SafeCheckpointHook')),
+        (dict(type=CheckpointHook), dict(type='soft_mm.SafeCheckpointHook')),
+        (dict(type='EMAHook'), dict(type='EMAHook')),
         (None, None),
     ],
 )
@@ -216,14 +270,34 @@ def test_training_without_a_checkpoint_hook_gets_one():
     assert cfg.default_hooks.checkpoint == dict(type='soft_mm.SafeCheckpointHook')
 
 
-def test_accumulated_gradients_equal_a_large_batch(tmp_path):
-    """With BatchNorm in evaluation mode, which otherwise sees the small batches."""
-    for name, batch_size, count in (('large', 4, 1), ('small', 2, 2)):
-        optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1), accumulative_counts=count)
-        changes = dict(model=dict(norm_eval=True), batch_size=batch_size, optim_wrapper=optim_wrapper)
-        toy_runner(tmp_path / name, 1, **changes).train()
-    found, expected = (weights(tmp_path / name / 'epoch_1.pth') for name in ('small', 'large'))
-    start = Classifier().state_dict()
-    assert any(not torch.equal(value, start[key]) for key, value in expected.items())
+def assert_close_weights(found, expected, start, tolerance):
+    """Compare checkpoints, and check that the training changed the weights that it started from."""
+    found, expected = weights(found), weights(expected)
+    assert not all(torch.equal(value, start[key]) for key, value in expected.items())
+    assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            found[key], value, rtol=0, atol=tolerance, msg=lambda text, key=key: f'{key}: {text}'
+        )
+
+
+def train(*arguments, **options):
+    """Train, and return the weights before."""
+    runner = toy_runner(*arguments, **options)
+    runner._init_model_weights()
+    start = copy.deepcopy(runner.model.state_dict())
+    runner.train()
+    return start
+
+
+SGD = dict(type='SGD', lr=0.1)
+# BatchNorm would otherwise see the small batches.
+FROZEN_BATCHNORM = {'model.norm_eval': True}
+
+
+def test_accumulated_gradients_equal_a_large_batch(tmp_path):
+    for name, batch_size, count in (('large', 4, 1), ('small', 2, 2)):
+        changes = {'train_dataloader.batch_size': batch_size, **FROZEN_BATCHNORM}
+        optim_wrapper = dict(optimizer=SGD, accumulative_counts=count)
+        start = train(tmp_path / name, 1, **changes, optim_wrapper=optim_wrapper)
+    assert_close_weights(tmp_path / 'small/epoch_1.pth', tmp_path / 'large/epoch_1.pth', start, 1e-5)

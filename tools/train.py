@@ -51,12 +51,12 @@ def main():
             cfg.auto_scale_lr.enable = True
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='soft_mm.MissingGradientHook')]
         protect_checkpoints(cfg)
-        runner = build_runner(cfg)
-        try:
-            check_normalized(content, normalized_options(runner.model), cfg.load_from)
-        except ValueError as error:
-            parser.error(str(error))
         with full_disk(cfg.work_dir):
+            runner = build_runner(cfg)
+            try:
+                check_normalized(content, normalized_options(runner.model), cfg.load_from)
+            except ValueError as error:
+                parser.error(str(error))
             runner.train()
 
 

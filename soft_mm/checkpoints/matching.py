@@ -204,11 +204,12 @@ def adapt_channels(
         raise ValueError(f"new_channels={rule!r} in init_cfg: expected 'mean', 'zero' or None")
     key = f'{prefix}{"." * (prefix != "" and not prefix.endswith("."))}stages.0.patch_embed.0.weight'
     weight = state_dict.get(key)
-    if rule is None or weight is None or weight.ndim != 4 or weight.shape[1] == channels:
+    if rule is None or weight is None or weight.ndim != 4 or weight.numel() == 0 or weight.shape[1] == channels:
         return state_dict, ''
     given = weight.shape[1]
     if rule == 'mean':
-        new = weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (given / channels)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        new = wide.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (given / channels)
     elif channels > given:
         new = torch.cat([weight, weight.new_zeros(len(weight), channels - given, *weight.shape[2:])], 1)
     else:

@@ -64,7 +64,8 @@ def from_official(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
             out[f'backbone.stages.{int(match[1]) - 1}.patch_embed.{match[2]}'] = value
         elif match := re.fullmatch(r'pos_embed([1-4])', key):
             stage = int(match[1]) - 1
-            if value.ndim != 3 or value.shape[0] != 1 or 0 in value[:, stage == 3 :].shape:
+            # Those of stage 4 begin with the class token.
+            if value.ndim != 3 or value.shape[0] != 1 or 0 in value[:, int(stage == 3) :].shape:
                 raise ValueError(f'{key!r} has the shape {tuple(value.shape)}: expected (1, positions, channels)')
             if stage == 3:
                 out['backbone.stages.3.cls_pos_embed'] = value[:, :1]

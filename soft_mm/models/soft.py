@@ -59,10 +59,16 @@ _HINTS = dict(
 )
 
 
-def _is_pretrained(kind: Any) -> bool:
-    """Return whether an initialisation reads a checkpoint, whatever name of it the config uses."""
-    is_name = isinstance(kind, str) and kind and not kind.startswith('.')
-    found = WEIGHT_INITIALIZERS.get(kind) if is_name else kind
+def _is_pretrained(cfg: dict[str, Any]) -> bool:
+    """Return whether an initialisation reads a checkpoint. Its type is resolved as mmengine does it."""
+    kind = found = cfg.get('type')
+    if isinstance(kind, str):
+        with WEIGHT_INITIALIZERS.switch_scope_and_registry(cfg.get('_scope_')) as registry:
+            found = registry.get(kind) if kind and not kind.startswith('.') else None
+    if callable(found) and not inspect.isclass(found):
+        raise ValueError(
+            f'init_cfg has the type {kind!r}, a function: expected the name or the class of an initialiser'
+        )
     return inspect.isclass(found) and issubclass(found, PretrainedInit)
 
 
@@ -96,12 +102,15 @@ def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
         grid (tuple[int, int]): New grid ``(H, W)``.
 
     Returns:
-        Tensor: ``(1, C, H, W)`` in the dtype of ``pos_embed``. If the grid is the same, ``pos_embed`` itself.
+        Tensor: ``(1, C, H, W)`` in the dtype of ``pos_embed``, or in float32 for integers. If the grid is the same,
+        ``pos_embed`` itself.
     """
     if not has_dynamic_side(grid) and tuple(pos_embed.shape[-2:]) == tuple(grid):
         return pos_embed
     wide = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
-    return nn.functional.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False).to(pos_embed.dtype)
+    resized = nn.functional.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False)
+    # Integers, as a file may hold them, would be rounded.
+    return resized.to(pos_embed.dtype) if pos_embed.is_floating_point() else resized
 
 
 def _is_autocast_enabled(device_type: str) -> bool:
@@ -172,7 +181,9 @@ class SOFTStage(BaseModule):
         # Checked here, because FSDP moves and converts the weights of a stage just before this call.
         if x.device != self.pos_embed.device:
             raise ValueError(f'input on {x.device}, but the backbone is on {self.pos_embed.device}: move one of them')
-        if x.dtype != self.pos_embed.dtype and not _is_autocast_enabled(x.device.type):
+        # Autocast converts all but float64.
+        converted = x.dtype != torch.float64 and _is_autocast_enabled(x.device.type)
+        if x.dtype != self.pos_embed.dtype and not converted:
             raise ValueError(
                 f'input of {x.dtype}, but the backbone has {self.pos_embed.dtype}: convert one of them, or use '
                 'torch.autocast'
@@ -330,10 +341,10 @@ class SOFT(BaseModule):
                 f'init_cfg={self.init_cfg!r}: expected a dict such as '
                 "dict(type='Pretrained', checkpoint='classifier.pth', prefix='backbone.'), a list of dicts, or None"
             )
-        pretrained = [cfg for cfg in cfgs if _is_pretrained(cfg['type'])]
+        pretrained = [cfg for cfg in cfgs if _is_pretrained(cfg)]
         overrides = [cfg.get('override') for cfg in cfgs]
         parts = [part for value in overrides for part in (value if isinstance(value, (list, tuple)) else [value])]
-        if any(isinstance(part, dict) and _is_pretrained(part.get('type')) for part in parts):
+        if any(isinstance(part, dict) and _is_pretrained(part) for part in parts):
             raise ValueError(
                 f'init_cfg={self.init_cfg!r}: mmengine would read a checkpoint in override without a check for code; '
                 'give the checkpoint in an entry of its own, for the whole backbone'
@@ -360,8 +371,7 @@ class SOFT(BaseModule):
         fit = match_backbone(state_dict, target, prefix, path, any(normalized))
         check_normalized(content, normalized, path)
         weights = {
-            # Files may hold integers, to which a resized embedding must not be rounded.
-            key: resize_pos_embed(value.float(), target[key].shape[-2:]) if key in fit.resized else value
+            key: resize_pos_embed(value, target[key].shape[-2:]) if key in fit.resized else value
             for key, value in fit.weights.items()
         }
         self.load_state_dict(weights)

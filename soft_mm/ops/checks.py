@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import TypeGuard
 
-MAX_SEED = 2**64 - 1
-
 
 def is_integer(value: object, minimum: int = 1) -> TypeGuard[int]:
     """Return whether a value is an integer (not a bool) >= ``minimum``.
@@ -20,7 +18,7 @@ def is_integer(value: object, minimum: int = 1) -> TypeGuard[int]:
 
 
 def check_integer(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:
-    """Check that a value is an integer (not a bool) >= ``minimum``.
+    """Check that a value is an integer (not a bool) >= ``minimum`` and <= ``maximum``.
 
     Args:
         name (str): Name of the argument, for the message.
@@ -94,6 +92,6 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     Raises:
         ValueError: If the value is none of them.
     """
-    # Comparing an array with a string gives an array.
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
+    # An array compared with a string is an array.
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f'{name}={value!r} is unknown; choose one of {tuple(choices)}')

@@ -23,6 +23,8 @@ import torch
 from authors import Classifier, Harmful
 from hypothesis import assume
 from hypothesis import strategies as st
+from mmengine.model import PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
 from properties.strategies import assert_clear, randomize, searched
 
 from soft_mm import SOFT
@@ -73,6 +75,10 @@ def watched():
     finally:
         _EVENTS = None
     assert not seen
+
+
+class RenamedInit(PretrainedInit):
+    """mmengine's initialiser under another name."""
 
 
 @functools.cache
@@ -302,7 +308,8 @@ def assert_weights_of_the_file(model, state_dict):
         assert isinstance(found, torch.Tensor) and not found.is_complex(), key
         if found.shape != value.shape:
             assert key.endswith('.pos_embed') and found.ndim == 4, key
-            found = torch.nn.functional.interpolate(found.float(), value.shape[-2:], mode='bilinear')
+            wide = found if found.dtype == torch.float64 else found.float()
+            found = torch.nn.functional.interpolate(wide, value.shape[-2:], mode='bilinear')
         assert torch.equal(value, found.to(value.dtype)), key
 
 
@@ -455,6 +462,43 @@ def test_a_weight_that_was_not_refused_clearly(key, change):
         assert_weights_of_the_file(model, state_dict)
 
 
+@pytest.mark.parametrize(
+    'init_cfg',
+    [
+        lambda path: dict(type='torch.load', f=path, weights_only=False),
+        lambda path: dict(type='mmengine.runner.load_checkpoint', model=None, filename=path),
+    ],
+    ids=['torch.load', 'load_checkpoint'],
+)
+def test_functions_are_no_initialisers(init_cfg, tmp_path):
+    trace, path = tmp_path / 'trace', tmp_path / 'harmful.pth'
+    torch.save(dict(state_dict=classifier().state_dict(), extra=Harmful(trace)), path)
+    with pytest.raises(ValueError, match='a function'):
+        SOFT(**OPTIONS, init_cfg=init_cfg(str(path))).init_weights()
+    assert not trace.exists()
+
+
+def test_contents_that_hold_themselves_are_read(tmp_path):
+    """Lists of lists that would be visited 10 ** 10 times, and one that holds itself."""
+    nested = [classifier().state_dict()['backbone.stages.0.pos_embed']]
+    for _ in range(10):
+        nested = [nested] * 10
+    nested.append(nested)
+    path = tmp_path / 'nested.pth'
+    torch.save(dict(state_dict=classifier().state_dict(), other=nested), path)
+    assert isinstance(load(path), SOFT)
+
+
+def test_integer_embeddings_are_not_rounded_by_a_resize():
+    state_dict = dict(classifier().backbone.state_dict())
+    value = torch.tensor([0, 1, 0]).expand(1, 4, 3, 3)
+    state_dict['stages.0.pos_embed'] = value
+    model = SOFT(**OPTIONS)
+    model.load_state_dict(state_dict)
+    expected = torch.nn.functional.interpolate(value.float(), model.stages[0].pos_embed.shape[-2:], mode='bilinear')
+    assert torch.equal(model.stages[0].pos_embed, expected)
+
+
 def test_a_prefix_that_is_no_text():
     with file_of(written('zip'), 'zip') as path:
         assert isinstance(load(path, prefix=3), ValueError)
@@ -473,14 +517,18 @@ def test_an_address_that_is_none(address):
         dict(type='mmengine.Pretrained'),
         dict(type='mmengine.model.PretrainedInit'),
         dict(type='Constant', val=0, layer='Conv2d', override=dict(type='Pretrained', name='stages')),
+        dict(type=PretrainedInit),
+        dict(type='RenamedInit'),
+        dict(type=functools.partial(PretrainedInit)),
     ],
     ids=str,
 )
 def test_code_is_refused_however_the_initialisation_is_named(init_cfg, tmp_path):
+    WEIGHT_INITIALIZERS.register_module('RenamedInit', force=True, module=RenamedInit)
     trace, path = tmp_path / 'trace', tmp_path / 'harmful.pth'
     torch.save(dict(state_dict=classifier().state_dict(), extra=Harmful(trace)), path)
     (init_cfg.get('override') or init_cfg)['checkpoint'] = str(path)
-    with contextlib.suppress(ValueError):
+    with pytest.raises(ValueError):
         SOFT(**OPTIONS, init_cfg=init_cfg).init_weights()
     assert not trace.exists()
 

@@ -15,6 +15,8 @@ from soft_mm.ops.recording import has_variable
 from soft_mm.registry import MODELS
 
 # Arguments that the backbone passes to every attention.
+# Largest seed of torch.Generator.
+MAX_SEED = 2**64 - 1
 _SHAPE = ('embed_dims', 'num_heads', 'ratio', 'conv_size')
 InitCfg = dict[str, Any] | list[dict[str, Any]] | None
 

@@ -10,10 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soft_mm import ops
-from soft_mm.ops.checks import MAX_SEED, check_integer, is_integer
+from soft_mm.ops.checks import check_integer, is_integer
 from soft_mm.registry import MODELS
 
-from .base import BaseAttention, InitCfg, LocalBranch, SharedQKAttention, patch_sides, split_heads, value_gradients
+from .base import (
+    MAX_SEED,
+    BaseAttention,
+    InitCfg,
+    LocalBranch,
+    SharedQKAttention,
+    patch_sides,
+    split_heads,
+    value_gradients,
+)
 
 # Returns -1 outside a backward pass. PyTorch before 2.1 does not have it.
 _backward_pass: Callable[[], int] = getattr(torch._C, '_current_graph_task_id', lambda: -1)

@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.attention import check_solver
-from soft_mm.ops.checks import MAX_SEED, check_bool, check_choice, check_integer, is_integer
+from soft_mm.ops.checks import check_bool, check_choice, check_integer, is_integer
 from soft_mm.ops.recording import has_dynamic_side, needs_standard_operators
 from soft_mm.registry import MODELS
 
-from .base import InitCfg, LocalBranch, SharedQKAttention, patch_sides
+from .base import MAX_SEED, InitCfg, LocalBranch, SharedQKAttention, patch_sides
 
 SAMPLERS = ('conv', 'mean', 'random')
 
