@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +56,11 @@ class _DelayedRemoval:
     def rmtree(self, path: str) -> None:
         self._noted.append((self._backend.rmtree, path))
 
-    def do(self, kept: Container[object]) -> None:
+    def remove_noted(self, kept: Container[object]) -> None:
         for remove, path in self._noted:
             if path not in kept:
                 remove(path)
+        self._noted.clear()
 
 
 @HOOKS.register_module()
@@ -71,14 +71,14 @@ class SafeCheckpointHook(CheckpointHook):
     Files on a local disk are written atomically by mmengine's ``Runner``, not by its ``FlexibleRunner``. Older
     checkpoints are removed after the new one is written instead of before, so one more than ``max_keep_ckpts`` needs
     space, and two best ones per metric of ``save_best``. ``tools/train.py`` uses this hook where
-    ``default_hooks.checkpoint`` is mmengine's own. The arguments are those of mmengine's hook.
+    ``default_hooks.checkpoint`` has mmengine's type. It takes the same arguments as mmengine's hook.
     """
 
     backend_args: Any
     file_backend: Any
 
     def before_train(self, runner: Runner) -> None:
-        """Choose the backend, and remove what a killed training left unfinished."""
+        """Choose the backend, and remove the unfinished files of a training that was killed."""
         super().before_train(runner)
         local = self.backend_args in (None, dict(backend='local')) and self.file_client_args is None
         if local and type(self.file_backend) is LocalBackend:
@@ -87,32 +87,27 @@ class SafeCheckpointHook(CheckpointHook):
                 for unfinished in Path(self.out_dir).glob('.*.part'):
                     unfinished.unlink(missing_ok=True)
 
-    @contextmanager
-    def _removing_afterwards(self) -> Iterator[None]:
-        backend = self.file_backend
-        self.file_backend = delayed = _DelayedRemoval(backend)
-        try:
-            yield
-        finally:
-            self.file_backend = backend
+        self.file_backend = _DelayedRemoval(self.file_backend)
+
+    def _remove_outdated(self) -> None:
         # A new checkpoint can have the name of the old one.
         best = (getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values())
-        delayed.do({self.last_ckpt, *best})
+        self.file_backend.remove_noted({self.last_ckpt, *best})
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Save a checkpoint after every ``interval`` epochs."""
-        with self._removing_afterwards():
-            super().after_train_epoch(runner)
+        super().after_train_epoch(runner)
+        self._remove_outdated()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Save a checkpoint after every ``interval`` iterations."""
-        with self._removing_afterwards():
-            super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        self._remove_outdated()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Save the best checkpoint."""
-        with self._removing_afterwards():
-            super().after_val_epoch(runner, metrics)
+        super().after_val_epoch(runner, metrics)
+        self._remove_outdated()
 
 
 @HOOKS.register_module()

@@ -21,6 +21,7 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .checkpoints.reading import is_address
+from .registry import find_registered
 from .utils import dicts_in, inner_dataset, read_config
 
 
@@ -110,8 +111,7 @@ def protect_checkpoints(cfg: Config) -> None:
     if cfg.get('default_hooks') is None:
         cfg.default_hooks = {}
     hook = cfg.default_hooks.get('checkpoint', dict(type='CheckpointHook'))
-    kind = hook.get('type') if hook else None
-    if (HOOKS.get(kind) if isinstance(kind, str) else kind) is CheckpointHook:
+    if hook and find_registered(HOOKS, hook.get('type')) is CheckpointHook:
         cfg.default_hooks.checkpoint = dict(hook, type='soft_mm.SafeCheckpointHook')
 
 

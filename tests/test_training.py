@@ -26,13 +26,10 @@ ARCH = dict(embed_dims=(4, 4, 6, 8), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1)
 
 @DATASETS.register_module()
 class NoiseImages(Dataset):
-    """Images of noise with a label each."""
-
-    def __init__(self, length=8):
-        self.length = length
+    """Eight images of noise with a label each."""
 
     def __len__(self):
-        return self.length
+        return 8
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
@@ -63,7 +60,7 @@ class LargestScore(BaseMetric):
         self.results += [scores.max().item() for scores in data_samples]
 
     def compute_metrics(self, results):
-        return dict(score=sum(results) / len(results), images=len(results))
+        return dict(score=sum(results) / len(results))
 
 
 @METRICS.register_module()
@@ -80,7 +77,7 @@ class RisingScore(BaseMetric):
         return dict(rising=RisingScore.count)
 
 
-def toy_runner(work_dir, epochs, launcher='none', **changes):
+def toy_runner(work_dir, epochs, **changes):
     """A runner of mmengine, built as ``tools/train.py`` builds it."""
     loader = dict(
         dataset=dict(type='NoiseImages'),
@@ -91,7 +88,7 @@ def toy_runner(work_dir, epochs, launcher='none', **changes):
     cfg = Config(
         dict(
             work_dir=str(work_dir),
-            launcher=launcher,
+            launcher='none',
             model=dict(type='NoiseClassifier'),
             train_dataloader=dict(loader, batch_size=2),
             train_cfg=changes.pop('train_cfg', dict(by_epoch=True, max_epochs=epochs, val_interval=1)),
@@ -108,6 +105,10 @@ def toy_runner(work_dir, epochs, launcher='none', **changes):
     protect_checkpoints(cfg)
     find_start(cfg, 'auto')
     return build_runner(cfg)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob('*.pth'))
 
 
 def weights(path):
@@ -131,7 +132,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, custom_hooks):
     for folder, parts in (('whole', [4]), ('again', [4]), ('parts', [1, 3, 4])):
         for epochs in parts:
             toy_runner(tmp_path / folder, epochs, custom_hooks=custom_hooks).train()
-        assert [path.name for path in sorted((tmp_path / folder).glob('*.pth'))] == ['epoch_4.pth']
+        assert names(tmp_path / folder) == ['epoch_4.pth']
     for folder in ('again', 'parts'):
         assert_same_weights(tmp_path / folder / 'epoch_4.pth', tmp_path / 'whole/epoch_4.pth')
 
@@ -146,10 +147,6 @@ def disk_of(allowed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return sync
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob('*.pth'))
 
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -192,7 +189,7 @@ def test_best_checkpoint_of_the_same_name_stays(tmp_path):
     train_cfg = dict(by_epoch=False, max_iters=6, val_interval=2)
     changes = dict(val_evaluator=dict(type='RisingScore'), default_hooks=dict(checkpoint=BEST), train_cfg=train_cfg)
     toy_runner(tmp_path, 1, **changes).train()
-    (best,) = (path for path in tmp_path.glob('best_*.pth'))
+    (best,) = tmp_path.glob('best_*.pth')
     last = toy_runner(tmp_path / 'again', 1, **changes).train().state_dict()
     for key, value in weights(best).items():
         assert torch.equal(value, last[key]), key
@@ -200,31 +197,31 @@ def test_best_checkpoint_of_the_same_name_stays(tmp_path):
 
 KILLED = """
 import os, signal, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from soft_mm import hooks
 from test_training import toy_runner
 
-def kill(number):
-    # The file is written, but has not its name yet.
-    if {epoch} == len(saved):
-        os.kill(os.getpid(), signal.SIGKILL)
-    saved.append(number)
+written = []
 
-saved = [None]
+def kill(number):
+    written.append(number)
+    # The second file is written, but does not have its name yet.
+    if len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
 hooks.os.fsync = kill
 toy_runner(sys.argv[1], 3).train()
 """
 
 
 def test_kill_while_a_checkpoint_is_written(tmp_path, environment):
-    root = Path(__file__).resolve().parents[1]
-    program = KILLED.format(root=str(root), tests=str(root / 'tests'), epoch=2)
+    program = KILLED.format(tests=str(Path(__file__).parent))
     run = tmp_path / 'run'
     done = subprocess.run([sys.executable, '-c', program, str(run)], env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert [path.name for path in run.glob('*.pth')] == ['epoch_1.pth']
+    assert names(run) == ['epoch_1.pth']
     assert len(list(run.glob('.epoch_2.pth.*.part'))) == 1
     toy_runner(run, 3).train()
     toy_runner(tmp_path / 'whole', 3).train()

@@ -118,14 +118,13 @@ def _read_arch(ours: Mapping[str, torch.Tensor]) -> tuple[dict[str, tuple[int, .
     for stage in range(4):
         prefix = f'backbone.stages.{stage}.'
         position = ours.get(f'{prefix}pos_embed')
-        blocks = [int(key.split('.')[4]) for key in ours if key.startswith(f'{prefix}blocks.')]
+        blocks = sorted({int(key.split('.')[4]) for key in ours if key.startswith(f'{prefix}blocks.')})
         if position is None or not blocks:
             raise ValueError(f'stage {stage + 1} has no position embeddings or no blocks: expected all four stages')
-        numbers = sorted(set(blocks))
-        if numbers != list(range(len(numbers))):
-            raise ValueError(f'stage {stage + 1} has blocks {numbers[:9]}: expected them numbered from 0')
+        if blocks != list(range(len(blocks))):
+            raise ValueError(f'stage {stage + 1} has blocks {blocks[:9]}: expected them numbered from 0')
         dims.append(position.shape[1])
-        depths.append(max(blocks) + 1)
+        depths.append(len(blocks))
         grids.append((position.shape[-2], position.shape[-1]))
         if stage < 3:
             local = ours.get(f'{prefix}blocks.0.attn.local.weight')

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soft_mm.ops.kernel import compute_dtype
+
 
 def non_tensor_keys(state_dict: Mapping[Any, Any]) -> list[Any]:
     """List the keys of a state dict that are not strings or whose values are not dense tensors of real numbers.
@@ -208,8 +210,7 @@ def adapt_channels(
         return state_dict, ''
     given = weight.shape[1]
     if rule == 'mean':
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        new = wide.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (given / channels)
+        new = weight.to(compute_dtype(weight)).mean(1, keepdim=True).repeat(1, channels, 1, 1) * (given / channels)
     elif channels > given:
         new = torch.cat([weight, weight.new_zeros(len(weight), channels - given, *weight.shape[2:])], 1)
     else:

@@ -93,7 +93,7 @@ def parse_attention(attention: dict[str, Any] | Sequence[dict[str, Any]] | None)
     if not all(is_integer(dims) and dims == 2 for dims in (cfg.get('grid_dims', 2) for cfg in cfgs)):
         raise ValueError(f'attention={attention!r}: expected grid_dims=2, because images have two sides; leave it out')
     if any(cfg.get('init_cfg') is not None for cfg in cfgs):
-        raise ValueError(f'attention={attention!r}: init_cfg has no effect here; set that of the backbone')
+        raise ValueError(f'attention={attention!r}: init_cfg has no effect here; set init_cfg of the backbone')
     return cfgs
 
 

@@ -33,8 +33,9 @@ from soft_mm.checkpoints.matching import (
 )
 from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate
+from soft_mm.ops.kernel import compute_dtype
 from soft_mm.ops.recording import has_dynamic_side, is_tracing, needs_standard_operators
-from soft_mm.registry import MODELS
+from soft_mm.registry import MODELS, find_registered
 
 from .arch import (
     ARCH_ZOO,
@@ -61,10 +62,9 @@ _HINTS = dict(
 
 def _is_pretrained(cfg: dict[str, Any]) -> bool:
     """Return whether an initialisation reads a checkpoint. Its type is resolved as mmengine does it."""
-    kind = found = cfg.get('type')
-    if isinstance(kind, str):
-        with WEIGHT_INITIALIZERS.switch_scope_and_registry(cfg.get('_scope_')) as registry:
-            found = registry.get(kind) if kind and not kind.startswith('.') else None
+    kind = cfg.get('type')
+    with WEIGHT_INITIALIZERS.switch_scope_and_registry(cfg.get('_scope_')) as registry:
+        found = find_registered(registry, kind)
     if callable(found) and not inspect.isclass(found):
         raise ValueError(
             f'init_cfg has the type {kind!r}, a function: expected the name or the class of an initialiser'
@@ -107,7 +107,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
     """
     if not has_dynamic_side(grid) and tuple(pos_embed.shape[-2:]) == tuple(grid):
         return pos_embed
-    wide = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
+    wide = pos_embed.to(compute_dtype(pos_embed))
     resized = nn.functional.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False)
     # Integers, as a file may hold them, would be rounded.
     return resized.to(pos_embed.dtype) if pos_embed.is_floating_point() else resized
@@ -176,7 +176,7 @@ class SOFTStage(BaseModule):
             ``(B, H' * W', C)``, or with a class token, which comes first, ``(B, 1 + H' * W', C)`` after the LayerNorm.
 
         Raises:
-            ValueError: If the device is another one than that of the weights, or the dtype, outside autocast.
+            ValueError: If the input and the weights have different devices or, outside autocast, different dtypes.
         """
         # Checked here, because FSDP moves and converts the weights of a stage just before this call.
         if x.device != self.pos_embed.device:
@@ -347,7 +347,7 @@ class SOFT(BaseModule):
         if any(isinstance(part, dict) and _is_pretrained(part) for part in parts):
             raise ValueError(
                 f'init_cfg={self.init_cfg!r}: mmengine would read a checkpoint in override without a check for code; '
-                'give the checkpoint in an entry of its own, for the whole backbone'
+                'make init_cfg a list, with the checkpoint as a separate dict'
             )
         if not pretrained:
             super().init_weights()

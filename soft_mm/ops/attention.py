@@ -17,7 +17,7 @@ from .inverse import (
 from .kernel import compute_dtype, gaussian_kernel
 
 SOLVERS = ('newton', 'cholesky', 'svd')
-# The entries of A are at most 1. A much larger ridge leaves nothing of them in float32.
+# The entries of A are at most 1, and float32 rounds them away next to a much larger ridge.
 MAX_RIDGE = 1000
 _DEFAULTS = dict(newton_iterations=20, newton_backward='one_step', ridge=0.01)
 

@@ -176,7 +176,7 @@ def backbones(draw, attention=None, training=False):
 
 @st.composite
 def images(draw, batch=(0, 3), side=(32, 100)):
-    """Arguments of :func:`image`: batch size, height, width, and what the images show."""
+    """Arguments of :func:`image`: batch size, height, width and content."""
     kinds = ['noise', 'constant', 'zero', 'large', 'small', 'repeated']
     return draw(st.integers(*batch)), draw(st.integers(*side)), draw(st.integers(*side)), draw(st.sampled_from(kinds))
 

@@ -1,4 +1,4 @@
-"""Checkpoint files, changed at random: an error that says what is wrong, or a model with the weights of the file.
+"""Checkpoint files, changed at random: a clear error, or a model with the weights of the file.
 
 In each case no code of the file is run, nothing is written, and a backbone that cannot be loaded stays as it was.
 """
@@ -264,7 +264,7 @@ def content_changes(draw):
 
 
 def change_content(state_dict, changes):
-    """Apply :func:`content_changes`. Skip what a value does not allow, such as the transpose of a scalar."""
+    """Apply :func:`content_changes`. Skip a change that is impossible, such as the transpose of a scalar."""
     state_dict = {key: value.clone() for key, value in state_dict.items()}
     for kind, which, how in changes:
         keys = [key for key in state_dict if isinstance(which, int) or which in str(key)]

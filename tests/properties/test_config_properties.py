@@ -1,4 +1,4 @@
-"""Configs of the backbone, changed at random: a model that runs, or an error of soft_mm that says what is wrong."""
+"""Configs of the backbone, changed at random: a model that runs, or a clear error of soft_mm."""
 
 import numpy as np
 import pytest

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer, is_integer
 from soft_mm.ops.recording import has_variable
-from soft_mm.registry import MODELS
+from soft_mm.registry import MODELS, find_registered
 
 # Arguments that the backbone passes to every attention.
 # Largest seed of torch.Generator.
@@ -318,10 +318,7 @@ def build_attention(
     """
     options = dict(cfg)
     kind = options.pop('type', 'SoftmaxFreeAttention')
-    # MODELS.get also imports paths such as 'package.name', so the result can be any object.
-    # A name that begins with a dot would be a relative import.
-    is_name = isinstance(kind, str) and kind and not kind.startswith('.')
-    cls = MODELS.get(kind) if is_name else kind
+    cls = find_registered(MODELS, kind)
     if not _takes_shape(cls):
         problem = 'is unknown' if cls is None else f'does not take {list(_SHAPE)}'
         raise ValueError(f'attention type {kind!r} {problem}; choose one of {_registered_attentions()}')

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from soft_mm import ops
 from soft_mm.ops.attention import check_solver
 from soft_mm.ops.checks import check_bool, check_choice, check_integer, is_integer
+from soft_mm.ops.kernel import compute_dtype
 from soft_mm.ops.recording import has_dynamic_side, needs_standard_operators
 from soft_mm.registry import MODELS
 
@@ -163,7 +164,7 @@ class SoftmaxFreeAttention(SharedQKAttention):
             sampled, sampled_grid = self.landmark(q, grid)
             return self._bound(self.landmark_norm(sampled), sampled_grid)
         sampled_grid = tuple(max(side // r, 1) for side, r in zip(grid, patch_sides(self.ratio, self.grid_dims)))
-        wide = q.to(torch.promote_types(q.dtype, torch.float32))
+        wide = q.to(compute_dtype(q))
         if self.sampler == 'mean':
             return self._bound(ops.mean_landmarks(wide, grid, sampled_grid), sampled_grid)
         if needs_standard_operators():
