@@ -201,7 +201,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from soft_mm import hooks
-from test_training import toy_runner
+from test_training_faults import toy_runner
 
 written = []
 
