@@ -20,6 +20,16 @@ def root():
 
 
 @pytest.fixture
+def float64():
+    """Train in double precision, where rounding is far below a fault. In float32, a few steps amplify it."""
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def use():
     """Make a toolbox's scope the default one for the rest of the test, as its runner does."""
     scopes = []

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .checkpoints.reading import is_address
+from .hooks import DataError, no_images
 from .registry import find_registered
 from .utils import dicts_in, inner_dataset, read_config
 
@@ -239,9 +242,13 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # mmengine's initialisation of several processes needs one GPU per process.
         torch.distributed.init_process_group('gloo')
-        cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False))
-        cfg.model_wrapper_cfg.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
-        cfg.model_wrapper_cfg.setdefault('device_ids', None)
+        wrapper = dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+            device_ids=None,
+        )
+        cfg.model_wrapper_cfg = wrapper | dict(cfg.get('model_wrapper_cfg') or {})
         revert_sync_batchnorm(cfg.model)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
@@ -267,16 +274,39 @@ def full_disk(work_dir: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def missing_files() -> Iterator[None]:
-    """Exit with one sentence instead of a traceback if a file or a data set is missing.
+def data_errors() -> Iterator[None]:
+    """Exit with one sentence instead of a traceback if a file is missing, or data cannot be read or do not fit.
 
     Yields:
         None
     """
+    datasets = 'train_dataloader.dataset, val_dataloader.dataset and test_dataloader.dataset'
     try:
         yield
     except FileNotFoundError as error:
         # The message about pretrained weights already says what to do.
-        datasets = 'train_dataloader.dataset, val_dataloader.dataset and test_dataloader.dataset'
         hint = f'; if it belongs to a data set, set data_root of {datasets}'
         sys.exit(f'{error}{"" if "init_cfg" in str(error) else hint}')
+    except json.JSONDecodeError as error:
+        sys.exit(f'a file is no JSON ({error}) and begins with {error.doc[:50]!r}: check ann_file of {datasets}')
+    except DataError as error:
+        sys.exit(str(error))
+    except ValueError as error:
+        # mmengine's data sets join what they hold, and NumPy joins no empty list.
+        if 'need at least one array to concatenate' not in str(error):
+            raise
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        sys.exit(no_images(frame.f_locals.get('self')))
+    except AssertionError as error:
+        # A worker adds its traceback to the message, with the line of code before the message itself.
+        unreadable = re.findall(r'failed to load image: (.+)', str(error))
+        if not unreadable:
+            raise
+        sys.exit(f'cannot be read as an image: {unreadable[-1]}. It may be truncated: replace it, or leave it out')
+    except RuntimeError as error:
+        if not re.search(r'DataLoader worker .*(killed by signal|exited unexpectedly)', str(error)):
+            raise
+        sys.exit(
+            f'{str(error).splitlines()[0]} A process that loads data died, often because memory or shared memory '
+            f'(/dev/shm) is used up: set a smaller num_workers or batch_size of the dataloader, and go on with --resume'
+        )

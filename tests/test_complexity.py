@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.analysis import FlopAnalyzer
 
 from soft_mm import SOFT, ops
 from soft_mm.complexity import config_complexity, count_multiply_adds, model_complexity
@@ -30,6 +31,29 @@ def test_attention_products_are_counted():
 def test_fused_softmax_attention_is_counted():
     q, k, v = torch.randn(3, 1, 2, 50, 8)
     assert count_multiply_adds(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * 2 * 50 * 50 * 8
+
+
+@pytest.mark.parametrize(
+    ('attention', 'share', 'uncounted'),
+    [
+        # A trace holds two products more per block, which give plain Newton its gradient.
+        (dict(), (1, 1.01), set()),
+        (dict(normalized=True), (1, 1), set()),
+        (dict(solver='cholesky', max_landmarks=49), (0.998, 1), {'linalg_cholesky_ex', 'cholesky_solve'}),
+        (dict(type='SoftmaxAttention'), (0, 1), {'scaled_dot_product_attention'}),
+    ],
+    ids=str,
+)
+def test_counter_of_mmengine_sees_the_attention(attention, share, uncounted):
+    """``get_flops.py`` of the toolboxes calls it. It names the operators that it does not count."""
+    model, x = SOFT('tiny', attention=attention, out_indices=(2,)).eval(), torch.rand(1, 3, 160, 224)
+    own = count_multiply_adds(lambda: model(x))
+    analyzer = FlopAnalyzer(model, (x,))
+    products = ('conv', 'linear', 'matmul', 'bmm', 'addmm')
+    found = sum(analyzer.by_operator().get(name, 0) for name in products)
+    assert share[0] * own <= found <= share[1] * own
+    operators = ('linalg_cholesky_ex', 'cholesky_solve', 'scaled_dot_product_attention', 'baddbmm')
+    assert {name for name in operators if f'aten::{name}' in analyzer.unsupported_ops()} == uncounted
 
 
 def test_parts_sum_to_the_whole():

@@ -6,12 +6,13 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 
 from soft_mm.export import check_task
+from soft_mm.hooks import DataError
 from soft_mm.inference import check_weights, read_whole_model
 from soft_mm.onnx_model import OnnxModel
 from soft_mm.runner import (
     build_runner,
+    data_errors,
     load_config,
-    missing_files,
     plain_values,
     runner_parser,
     show_pictures,
@@ -31,7 +32,7 @@ def main():
         '--tta', action='store_true', help='test-time augmentation: tta_model, tta_pipeline of the config'
     )
     args = parser.parse_args()
-    with missing_files():
+    with data_errors():
         try:
             cfg = load_config(parser, args)
             exported = args.checkpoint.endswith('.onnx')
@@ -58,6 +59,7 @@ def main():
                 show_pictures(cfg, args.show_dir)
             if args.amp:
                 cfg.test_cfg.fp16 = True
+            cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='soft_mm.DataCheckHook')]
             runner = build_runner(cfg)
             if not exported:
                 check_weights(runner.model, weights, args.checkpoint)
@@ -66,7 +68,7 @@ def main():
         try:
             metrics = runner.test()
         except ValueError as error:
-            if not exported:
+            if not exported or isinstance(error, (DataError, json.JSONDecodeError)):
                 raise
             # Such as an image of a size that the file does not take.
             parser.error(str(error))

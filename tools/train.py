@@ -8,10 +8,10 @@ from soft_mm.models.attention.softmax_free import normalized_options
 from soft_mm.runner import (
     build_runner,
     check_resume,
+    data_errors,
     find_start,
     full_disk,
     load_config,
-    missing_files,
     protect_checkpoints,
     runner_parser,
 )
@@ -28,7 +28,7 @@ def main():
     )
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the actual batch size')
     args = parser.parse_args()
-    with missing_files():
+    with data_errors():
         cfg = load_config(parser, args)
         find_start(cfg, args.resume)
         content = {}
@@ -49,7 +49,8 @@ def main():
             if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
                 parser.error(f'--auto-scale-lr: set auto_scale_lr = dict(base_batch_size=...) in {args.config} first')
             cfg.auto_scale_lr.enable = True
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='soft_mm.MissingGradientHook')]
+        hooks = ('soft_mm.DataCheckHook', 'soft_mm.MissingGradientHook')
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *(dict(type=hook) for hook in hooks)]
         protect_checkpoints(cfg)
         with full_disk(cfg.work_dir):
             runner = build_runner(cfg)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .checks import check_choice
 from .kernel import compute_dtype, gaussian_kernel, without_autocast
-from .recording import needs_standard_operators
+from .recording import is_tracing, needs_standard_operators
 
 NEWTON_BACKWARDS = ('one_step', 'exact')
 
@@ -30,7 +30,12 @@ def _iterate(kernel: Tensor, inverse: Tensor, iterations: int) -> Tensor:
     shape = kernel.shape
     kernel, inverse = (matrix.reshape(-1, *shape[-2:]) for matrix in (kernel, inverse))
     for _ in range(iterations):
-        inverse = torch.baddbmm(inverse, torch.bmm(inverse, kernel), inverse, beta=2, alpha=-1)
+        product = torch.bmm(inverse, kernel)
+        if is_tracing():
+            # mmengine counts multiply-adds in a trace, and not those of baddbmm.
+            inverse = 2 * inverse - torch.bmm(product, inverse)
+        else:
+            inverse = torch.baddbmm(inverse, product, inverse, beta=2, alpha=-1)
     return inverse.view(shape)
 
 

@@ -1,0 +1,217 @@
+"""Faults of data: the tools say in one sentence what is wrong and where, and no checkpoint is lost."""
+
+import json
+import os
+import shutil
+import signal
+
+import cv2
+import pytest
+from digits_workspace import DENSE
+from mmengine.registry import DATASETS
+from programs import run_tool
+from test_training_faults import NoiseImages, assert_same_weights, names, toy_runner
+from torch.utils.data import get_worker_info
+
+from soft_mm.runner import data_errors
+
+SEGMENTOR, DETECTOR = (next(path for path in DENSE if path.stem.startswith(name)) for name in ('fpn', 'mask-rcnn'))
+DIGITS = tuple('0123456789')
+SHORT = """
+model = dict(backbone=dict(init_cfg=None))
+train_cfg = dict(max_iters=2, val_interval=2)
+param_scheduler = []
+val_dataloader = dict(num_workers=0)
+test_dataloader = dict(num_workers=0)
+"""
+
+
+@pytest.fixture
+def data(workspace, tmp_path, monkeypatch):
+    """A copy of the data set that a test may damage. The configs read it as the workspace's."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workspace / 'data', tmp_path / 'data')
+    return tmp_path / 'data/photo_digits_demo'
+
+
+@pytest.fixture
+def train_detector(data, tmp_path):
+    """Train on the COCO file of the validation split."""
+
+    def run(classes=DIGITS, workers=0):
+        file = tmp_path / 'detector.py'
+        file.write_text(f"""
+_base_ = {str(DETECTOR)!r}
+{SHORT}
+train_dataloader = dict(
+    batch_size=1,
+    num_workers={workers},
+    persistent_workers=False,
+    dataset=dict(
+        _delete_=True,
+        type='CocoDataset',
+        data_root={str(data)!r},
+        ann_file='annotations/instances_val.json',
+        data_prefix=dict(img='val/scenes/images/'),
+        metainfo=dict(classes={classes!r}),
+        filter_cfg=dict(filter_empty_gt=True),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='PackDetInputs'),
+        ],
+    ),
+)
+""")
+        return run_tool('train.py', file, '--work-dir', tmp_path / 'run')
+
+    return run
+
+
+def change_annotations(data, change):
+    path = data / 'annotations/instances_val.json'
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_classes_in_another_order_than_the_file(train_detector):
+    done = train_detector(('1', '0', *DIGITS[2:]))
+    assert 'instances_val.json' in done.returncode and 'has them in another order' in done.returncode
+    assert str(DIGITS) in done.returncode
+
+
+def test_class_that_the_file_lacks(train_detector):
+    done = train_detector((*DIGITS[:9], 'nine'))
+    assert 'the file lacks nine' in done.returncode
+
+
+def test_category_that_the_config_does_not_know(train_detector, tmp_path):
+    """Annotations of other categories are left out, which is a way to train on some of them, so it is a warning."""
+    done = train_detector(DIGITS[:8])
+    assert done.returncode == 0
+    (log,) = (tmp_path / 'run').rglob('*.log')
+    assert 'annotations of 2 categories that the config does not name are ignored: 8, 9' in log.read_text()
+
+
+def test_more_classes_than_the_head_has(train_detector, data):
+    change_annotations(data, lambda content: content['categories'].append(dict(id=10, name='ten')))
+    done = train_detector((*DIGITS, 'ten'))
+    assert 'has num_classes=10, but CocoDataset(' in done.returncode and 'has 11 classes' in done.returncode
+
+
+@pytest.mark.parametrize('categories', ['first', 'nested'])
+def test_categories_are_found_anywhere_in_the_file(train_detector, data, categories):
+    def change(content):
+        if categories == 'first':
+            others = {key: content.pop(key) for key in list(content) if key != 'categories'}
+            content.update(others)
+        else:
+            content['info'] = dict(categories=[1, 2])
+            content['info'], content['zzz'] = {}, content['info']
+
+    change_annotations(data, change)
+    assert 'in another order' in train_detector(('1', '0', *DIGITS[2:])).returncode
+
+
+@pytest.mark.parametrize('content', ['', '[1, 2', '{"images": ['])
+def test_annotation_file_that_is_no_json(train_detector, data, content):
+    (data / 'annotations/instances_val.json').write_text(content)
+    done = train_detector()
+    assert 'a file is no JSON' in done.returncode and repr(content) in done.returncode
+
+
+def test_annotation_file_without_annotations(train_detector, data):
+    change_annotations(data, lambda content: content['annotations'].clear())
+    done = train_detector()
+    assert 'CocoDataset(ann_file=' in done.returncode and 'has no images' in done.returncode
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_truncated_image(train_detector, data, workers):
+    images = sorted((data / 'val/scenes/images').iterdir())
+    for image in images:
+        image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    done = train_detector(workers=workers)
+    assert any(f'cannot be read as an image: {image}' in done.returncode for image in images)
+
+
+@pytest.fixture
+def segmentor(data, tmp_path):
+    """A config that trains on the label maps of the validation split."""
+    file = tmp_path / 'segmentor.py'
+    file.write_text(f"""
+_base_ = {str(SEGMENTOR)!r}
+{SHORT}
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        _delete_=True,
+        type='BaseSegDataset',
+        data_root={str(data)!r},
+        data_prefix=dict(img_path='val/scenes/images', seg_map_path='val/scenes/semantic'),
+        img_suffix='.png',
+        metainfo=dict(classes=('background', *{DIGITS!r})),
+        reduce_zero_label=False,
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')],
+    ),
+)
+""")
+    return file
+
+
+def test_label_that_the_config_does_not_know(segmentor, data, tmp_path):
+    maps = sorted((data / 'val/scenes/semantic').iterdir())
+    for path in maps:
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        # 255 is ignored, so it is no fault.
+        labels[:4], labels[8:9, 3:5] = 255, 37
+        cv2.imwrite(str(path), labels)
+    done = run_tool('train.py', segmentor, '--work-dir', tmp_path / 'run')
+    assert any(f'{path} has the values [37], but the model has the classes 0 to 10' in done.returncode for path in maps)
+
+
+def test_ignored_label_trains_and_a_wrong_one_is_not_left_out_of_the_metrics(segmentor, data, tmp_path):
+    maps = sorted((data / 'val/scenes/semantic').iterdir())
+    labels = cv2.imread(str(maps[0]), cv2.IMREAD_UNCHANGED)
+    labels[:4] = 255
+    cv2.imwrite(str(maps[0]), labels)
+    assert run_tool('train.py', segmentor, '--work-dir', tmp_path / 'run').returncode == 0
+    labels[0, 0] = 11
+    cv2.imwrite(str(maps[0]), labels)
+    done = run_tool('test.py', segmentor, tmp_path / 'run/iter_2.pth', '--work-dir', tmp_path / 'test')
+    assert f'{maps[0].relative_to(tmp_path)} has the values [11]' in done.returncode
+
+
+@DATASETS.register_module()
+class DyingImages(NoiseImages):
+    """Its worker is killed at the sixth image as long as a file exists, as the kernel does when memory runs out."""
+
+    def __init__(self, fatal, **options):
+        super().__init__(**options)
+        self.fatal = fatal
+
+    def __getitem__(self, index):
+        if index == 5 and get_worker_info() and os.path.exists(self.fatal):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_worker_that_dies_leaves_the_last_checkpoint(tmp_path):
+    fatal = tmp_path / 'fatal'
+    changes = {
+        'train_dataloader.dataset': dict(type='DyingImages', fatal=str(fatal)),
+        'train_dataloader.num_workers': 1,
+    }
+    toy_runner(tmp_path / 'run', 1, **changes).train()
+    fatal.touch()
+    with pytest.raises(SystemExit, match='A process that loads data died') as caught, data_errors():
+        toy_runner(tmp_path / 'run', 3, **changes).train()
+    assert 'set a smaller num_workers' in str(caught.value) and '--resume' in str(caught.value)
+    assert names(tmp_path / 'run') == ['epoch_1.pth']
+    fatal.unlink()
+    toy_runner(tmp_path / 'run', 3, **changes).train()
+    toy_runner(tmp_path / 'whole', 3, **changes).train()
+    assert_same_weights(tmp_path / 'run/epoch_3.pth', tmp_path / 'whole/epoch_3.pth')
