@@ -18,6 +18,7 @@ import torch
 from soft_mm.export import export_onnx, photographs, quiet
 from soft_mm.image_models import image_model
 from soft_mm.inference import find_images, load_model
+from soft_mm.models.attention import SoftmaxFreeAttention
 from soft_mm.utils import read_config
 
 from .targets import Target, build_backbone
@@ -53,7 +54,7 @@ def dynamic_int8(model, x, calibration, folder):
     return eager(quantized, x, calibration, folder)
 
 
-def _to_onnx(model, x, folder):
+def to_onnx(model, x, folder):
     file = Path(folder, 'model.onnx')
     with quiet():
         program = torch.onnx.export(model, (torch.from_numpy(x),), dynamo=True, input_names=['image'])
@@ -61,16 +62,20 @@ def _to_onnx(model, x, folder):
     return file
 
 
-def attention_nodes(file):
+def attention_nodes(model, file):
     """List the nodes of an ONNX file that compute softmax-free attention, except its last projection.
 
     In int8, an error of the queries grows without bound in the inverse of the landmarks' kernel.
 
     Args:
-        file (Path): File of PyTorch's exporter, which notes the module of each node.
+        model (nn.Module): The model.
+        file (Path): Its file of PyTorch's exporter, which notes the module of each node.
 
     Returns:
         list[str]: Names of the nodes.
+
+    Raises:
+        ValueError: If the file does not say which nodes these are.
     """
     import onnx
 
@@ -82,6 +87,8 @@ def attention_nodes(file):
         inside = any(name.endswith('.SoftmaxFreeAttention') for name in classes)
         if inside and not any(scope.endswith('.proj') for scope in scopes):
             names.append(node.name)
+    if not names and any(isinstance(module, SoftmaxFreeAttention) for module in model.modules()):
+        raise ValueError(f'{file} does not name the modules of its nodes: export it with PyTorch 2.7 or newer')
     return names
 
 
@@ -98,7 +105,7 @@ def _session(file):
 
 def onnxruntime_float32(model, x, calibration, folder):
     """Float32 in onnxruntime."""
-    file = _to_onnx(model, x, folder)
+    file = to_onnx(model, x, folder)
     return _session(file), file
 
 
@@ -115,7 +122,7 @@ def onnxruntime_int8(model, x, calibration, folder):
             image = next(self.images, None)
             return None if image is None else {'image': image}
 
-    source, prepared, file = _to_onnx(model, x, folder), Path(folder, 'prepared.onnx'), Path(folder, 'int8.onnx')
+    source, prepared, file = to_onnx(model, x, folder), Path(folder, 'prepared.onnx'), Path(folder, 'int8.onnx')
     quant_pre_process(source, prepared, skip_symbolic_shape=True)
     # A product of two activations, such as one with the kernel matrix, stays in float32.
     quantize_static(
@@ -123,7 +130,7 @@ def onnxruntime_int8(model, x, calibration, folder):
         file,
         Reader(),
         op_types_to_quantize=['Conv', 'Gemm', 'MatMul'],
-        nodes_to_exclude=attention_nodes(source),
+        nodes_to_exclude=attention_nodes(model, source),
         per_channel=True,
         extra_options=dict(MatMulConstBOnly=True),
     )
@@ -136,7 +143,7 @@ def _openvino(model, x, folder, precision, convert=lambda converted, source: con
     core = openvino.Core()
     if precision == 'bf16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         raise ValueError('this processor has no bfloat16')
-    source, file = _to_onnx(model, x, folder), Path(folder, 'openvino.xml')
+    source, file = to_onnx(model, x, folder), Path(folder, 'openvino.xml')
     converted = convert(core.read_model(source), source)
     openvino.save_model(converted, file, compress_to_fp16=False)
     settings = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=torch.get_num_threads())
@@ -160,7 +167,7 @@ def openvino_int8(model, x, calibration, folder):
 
     def quantize(converted, source):
         # NNCF joins nodes, so not every name is there.
-        ignored = nncf.IgnoredScope(names=attention_nodes(source), validate=False)
+        ignored = nncf.IgnoredScope(names=attention_nodes(model, source), validate=False)
         data = nncf.Dataset(calibration)
         return nncf.quantize(converted, data, model_type=nncf.ModelType.TRANSFORMER, ignored_scope=ignored)
 

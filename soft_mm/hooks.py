@@ -13,11 +13,12 @@ from mmengine.fileio import LocalBackend, get_text, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
-from torch.nn import Module
+from mmengine.structures import BaseDataElement
+from torch.nn import Module, ModuleList
 from torch.utils.hooks import RemovableHandle
 
 from soft_mm.registry import HOOKS
-from soft_mm.utils import atomic_path
+from soft_mm.utils import DataError, atomic_path
 
 
 class AtomicBackend(LocalBackend):
@@ -93,6 +94,9 @@ class SafeCheckpointHook(CheckpointHook):
         self.file_backend = _DelayedRemoval(self.file_backend)
 
     def _remove_outdated(self) -> None:
+        if not hasattr(self, 'file_backend'):
+            # An evaluation without a training, `runner.val()`.
+            return
         # A new checkpoint can have the name of the old one.
         best = (getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values())
         self.file_backend.remove_noted({self.last_ckpt, *best})
@@ -150,30 +154,19 @@ class MissingGradientHook(Hook):
             )
 
 
-class DataError(ValueError):
-    """A data set does not fit the config."""
-
-
 def _inner_datasets(dataset: Any) -> Iterator[Any]:
-    """Yield a data set and those inside wrappers such as ``ConcatDataset``."""
-    yield dataset
-    inner = getattr(dataset, 'datasets', [dataset.dataset] if hasattr(dataset, 'dataset') else [])
+    """Yield a data set, or those inside wrappers such as ``ConcatDataset``."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    # Other objects may have attributes of these names.
+    inner = [part for part in inner if hasattr(part, '__getitem__') and not isinstance(part, (str, dict))]
+    if not inner:
+        yield dataset
     for part in inner:
         yield from _inner_datasets(part)
 
 
-def _source(dataset: Any) -> str:
-    """Say where a data set comes from."""
-    parts = ', '.join(
-        f'{name}={value!r}'
-        for name in ('ann_file', 'data_root', 'data_prefix')
-        if (value := getattr(dataset, name, None))
-    )
-    return f'{type(dataset).__name__}({parts})'
-
-
 def no_images(dataset: Any) -> str:
-    """Say that a data set has no images.
+    """Write the message for a data set without images.
 
     Args:
         dataset (Any): The data set.
@@ -181,48 +174,42 @@ def no_images(dataset: Any) -> str:
     Returns:
         str: The message.
     """
+    parts = ', '.join(
+        f'{name}={value!r}'
+        for name in ('ann_file', 'data_root', 'data_prefix')
+        if (value := getattr(dataset, name, None))
+    )
     return (
-        f'{_source(dataset)} has no images: check its paths and suffixes, and that its images have annotations of the '
-        'classes of the config'
+        f'{type(dataset).__name__}({parts}) has no images: check its paths and suffixes, and that its images have '
+        'annotations of the classes of the config'
     )
 
 
-def _coco_categories(dataset: Any) -> list[dict[str, Any]]:
-    """Read the categories of a COCO file. mmdet does not keep them."""
-    text = get_text(dataset.ann_file, backend_args=dataset.backend_args)
-    try:
-        # Without the annotations, which take seconds and gigabytes in a large file.
-        start = text.index('[', text.rindex('"categories"'))
-        categories = json.JSONDecoder().raw_decode(text, start)[0]
-        if {category['id'] for category in categories} >= set(dataset.cat_ids):
-            return categories
-    except (ValueError, TypeError, KeyError):
-        pass
-    return json.loads(text)['categories']
-
-
-def _check_categories(dataset: Any) -> None:
+def _check_categories(dataset: Any, training: bool) -> None:
     """Compare the classes of mmdet's ``CocoDataset`` with the categories of its file."""
     module = sys.modules.get('mmdet.datasets')
-    classes = tuple(getattr(dataset, 'metainfo', {}).get('classes') or ())
-    if (
-        module is None
-        or not classes
-        or getattr(type(dataset), 'load_data_list', None) is not (module.CocoDataset.load_data_list)
-    ):
+    classes = tuple((getattr(dataset, 'metainfo', None) or {}).get('classes') or ())
+    load = getattr(type(dataset), 'load_data_list', None)
+    if module is None or not classes or load is not module.CocoDataset.load_data_list:
         return
-    categories = _coco_categories(dataset)
-    names = {category['id']: category['name'] for category in categories}
+    # mmdet does not keep the categories.
+    content = json.loads(get_text(dataset.ann_file, backend_args=dataset.backend_args))
+    names = {category['id']: category['name'] for category in content['categories']}
     found = tuple(names[number] for number in dataset.cat_ids)
-    if found != classes:
-        missing = [name for name in classes if name not in found]
-        problem = f'lacks {", ".join(missing)}' if missing else 'has them in another order'
-        raise DataError(
-            f'{dataset.ann_file}: mmdet numbers the classes in the order of the categories in the file, but the config '
-            f'has the classes {", ".join(classes)} and the file {problem}. Set metainfo=dict(classes=...) of the data '
-            f'set to {tuple(names[number] for number in names)}, and num_classes of the heads to {len(names)}'
+    missing = [name for name in classes if name not in found]
+    if found != classes[: len(found)]:
+        problem = f'lacks {", ".join(missing)}' if missing else f'has them in the order {", ".join(found)}'
+        message = (
+            f'{dataset.ann_file}: mmdet numbers the classes in the order of the categories in the file. The config has '
+            f'the classes {", ".join(classes)}, and the file {problem}. Labels would get wrong names: set '
+            f'metainfo=dict(classes={found}) of the data set, and num_classes of the heads to {len(found)}'
         )
-    ignored = sorted(set(names.values()) - set(classes))
+        if training:
+            raise DataError(message)
+        print_log(message, 'current', logging.WARNING)
+    elif missing:
+        print_log(f'{dataset.ann_file} has no category {", ".join(missing[:10])}', 'current', logging.WARNING)
+    ignored = [name for name in names.values() if name not in classes]
     if ignored:
         print_log(
             f'{dataset.ann_file}: annotations of {len(ignored)} categories that the config does not name are ignored: '
@@ -232,87 +219,96 @@ def _check_categories(dataset: Any) -> None:
         )
 
 
-def _number_of_classes(head: Any) -> int:
-    # Heads of mmsegmentation with one output channel tell two classes apart.
-    return 2 if getattr(head, 'out_channels', None) == 1 else head.num_classes
+def _check_dataset(dataset: Any, training: bool) -> None:
+    if hasattr(dataset, '__len__') and len(dataset) == 0:
+        raise DataError(no_images(next(_inner_datasets(dataset))))
+    if is_main_process():
+        for part in _inner_datasets(dataset):
+            _check_categories(part, training)
 
 
-def _check_heads(dataset: Any, model: Module) -> None:
-    """Check that every head has at least as many classes as the data set."""
-    classes = getattr(dataset, 'metainfo', {}).get('classes') or ()
-    for name, head in model.named_modules():
-        # The head of region proposals knows no classes.
-        if not name.endswith('head') or name.endswith('rpn_head') or not hasattr(head, 'num_classes'):
-            continue
-        if _number_of_classes(head) < len(classes):
-            raise DataError(
-                f'{name} has num_classes={head.num_classes}, but {_source(dataset)} has {len(classes)} classes: set '
-                'num_classes of every head to this number'
-            )
-
-
-def _check_dataset(dataset: Any, model: Module) -> None:
-    _check_heads(dataset, model)
-    for part in _inner_datasets(dataset):
-        if hasattr(part, '__len__') and len(part) == 0:
-            raise DataError(no_images(part))
-        _check_categories(part)
+def _find_head(model: Module) -> Module | None:
+    """Find the head that takes the labels of a classifier, detector or segmentor."""
+    while hasattr(model, 'module'):
+        model = model.module
+    roi_head = getattr(model, 'roi_head', None)
+    for head in (
+        getattr(model, 'decode_head', None),
+        getattr(roi_head, 'bbox_head', None),
+        getattr(model, 'bbox_head', None),
+        getattr(model, 'head', None),
+    ):
+        # A cascade has a list of heads.
+        head = head[-1] if isinstance(head, ModuleList) else head
+        # The head of region proposals has one class for all labels.
+        if isinstance(getattr(head, 'num_classes', None), int) and type(head).__name__ != 'RPNHead':
+            return head
+    return None
 
 
 @HOOKS.register_module()
 class DataCheckHook(Hook):
-    """Check the data sets against the config, where the toolboxes would give a wrong result or stop later.
+    """Check the data, where the toolboxes would give a wrong result, wait forever or stop without naming the file.
 
-    - A data set without images (mmengine's ``InfiniteSampler`` would wait forever).
-    - mmdet's ``CocoDataset`` whose classes are not those of its file in their order: labels would get wrong names.
-    - Heads with fewer classes than the data set.
-    - Label maps of mmsegmentation with a value that is no class: it is left out of the metrics, and the training stops
-      with an error that names no file.
+    - A data set without images: mmengine's ``InfiniteSampler`` would wait forever.
+    - mmdet's ``CocoDataset``, if the classes of the config are not the categories of the file in their order: labels
+      would get wrong names. An error before a training, and a warning before a test.
+    - Labels in a batch that are larger than the number of classes of the head. mmsegmentation would leave such pixels
+      out of the metrics, and some heads of mmdet take such boxes for background.
 
     ``tools/train.py`` and ``tools/test.py`` use it.
     """
-
-    def __init__(self) -> None:
-        self._head: Any = None
 
     def before_train(self, runner: Runner) -> None:
         """Check the data sets of training and validation.
 
         Raises:
-            DataError: If one does not fit the config.
+            DataError: If one has no images or does not fit the config.
         """
-        _check_dataset(runner.train_dataloader.dataset, runner.model)
+        _check_dataset(runner.train_dataloader.dataset, training=True)
         if runner.val_loop is not None:
-            _check_dataset(runner.val_dataloader.dataset, runner.model)
+            _check_dataset(runner.val_dataloader.dataset, training=True)
 
     def before_test(self, runner: Runner) -> None:
         """Check the data set of the test.
 
         Raises:
-            DataError: If it does not fit the config.
+            DataError: If it has no images.
         """
-        _check_dataset(runner.test_dataloader.dataset, runner.model)
+        _check_dataset(runner.test_dataloader.dataset, training=False)
 
     def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = 'train') -> None:
-        """Check the label maps of a batch.
+        """Check the labels of a batch.
 
         Raises:
-            DataError: If a label is neither a class nor the value that the head ignores.
+            DataError: If a label is neither a class of the head nor the value that the head ignores.
         """
         samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
-        for sample in samples or ():
-            # Test-time augmentation gives a list of samples per image.
-            sample = sample[0] if isinstance(sample, (list, tuple)) else sample
-            if 'gt_sem_seg' not in sample:
+        if not isinstance(samples, (list, tuple)):
+            return
+        head = _find_head(runner.model)
+        # Test-time augmentation gives a list of samples for each form of an image.
+        for sample in (part for item in samples for part in (item if isinstance(item, (list, tuple)) else [item])):
+            if head is None or not isinstance(sample, BaseDataElement):
                 continue
-            if self._head is None:
-                self._head = next(part for name, part in runner.model.named_modules() if name.endswith('decode_head'))
-            labels, count, ignored = sample.gt_sem_seg.data, _number_of_classes(self._head), self._head.ignore_index
-            wrong = ((labels >= count) | (labels < 0)) & (labels != ignored)
+            if 'gt_sem_seg' in sample and hasattr(head, 'ignore_index'):
+                labels, file = sample.gt_sem_seg.data, sample.get('seg_map_path')
+            elif mode != 'train':
+                # An evaluation of other classes, such as a zero-shot one, is no fault.
+                continue
+            elif 'gt_label' in sample:
+                labels, file = sample.gt_label, sample.get('img_path')
+            elif 'gt_instances' in sample and 'labels' in sample.gt_instances:
+                labels, file = sample.gt_instances.labels, sample.get('img_path')
+            else:
+                continue
+            # A head of mmsegmentation with one output channel tells two classes apart.
+            count = 2 if getattr(head, 'out_channels', None) == 1 else head.num_classes
+            ignored = getattr(head, 'ignore_index', None)
+            wrong = labels >= count if ignored is None else (labels >= count) & (labels != ignored)
             if wrong.any():
                 raise DataError(
-                    f'{sample.get("seg_map_path", "a label map")} has the values '
-                    f'{labels[wrong].unique().tolist()[:10]}, but the model has the classes 0 to {count - 1}, and '
-                    f'{ignored} for pixels that are left out. Correct the label map, or num_classes of the heads and '
-                    'reduce_zero_label of the data set'
+                    f'{file or "an image"} has the labels {labels[wrong].unique().tolist()[:10]}, but '
+                    f'{type(head).__name__} has the classes 0 to {count - 1}. Correct the labels, or set num_classes '
+                    f'of the heads{"" if ignored is None else " and reduce_zero_label of the data set"}'
                 )

@@ -18,6 +18,7 @@ from mmengine.structures import InstanceData, PixelData
 
 from soft_mm.inference import check_score_threshold, read_image
 from soft_mm.models.arch import MIN_SIDE
+from soft_mm.utils import DataError
 
 TOOLBOXES = dict(classification='mmpretrain', segmentation='mmseg', detection='mmdet', instances='mmdet')
 _SAMPLES = dict(mmpretrain='DataSample', mmseg='SegDataSample', mmdet='DetDataSample')
@@ -121,21 +122,21 @@ class OnnxModel:
             list[np.ndarray]: The outputs in the order of the file.
 
         Raises:
-            ValueError: If the file does not take images of this shape or dtype.
+            DataError: If the file does not take images of this shape or dtype.
         """
         given = (images.shape[0], *images.shape[2:])
         if any(side not in (None, size) for side, size in zip(self.shape, given)):
             expected = 'x'.join('any' if side is None else str(side) for side in self.shape)
-            raise ValueError(
+            raise DataError(
                 f'{self.file} takes images x height x width = {expected}, not {"x".join(map(str, given))}: '
                 'resize the images, or export with --shape, or with --dynamic'
             )
         if min(images.shape[2:]) < MIN_SIDE:
-            raise ValueError(
+            raise DataError(
                 f'{self.file} takes images with both sides >= {MIN_SIDE}, not {images.shape[2:]}: enlarge them'
             )
         if self.dtype == np.uint8 and images.dtype != np.uint8:
-            raise ValueError(f'{self.file} takes images of uint8, not {images.dtype}: convert them')
+            raise DataError(f'{self.file} takes images of uint8, not {images.dtype}: convert them')
         return self.session.run(None, {'image': images.astype(self.dtype)})
 
     def predict(self, images: np.ndarray, samples: Sequence[Any]) -> list[Any]:

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -23,9 +25,9 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .checkpoints.reading import is_address
-from .hooks import DataError, no_images
+from .hooks import no_images
 from .registry import find_registered
-from .utils import dicts_in, inner_dataset, read_config
+from .utils import DataError, dicts_in, inner_dataset, read_config
 
 
 def runner_parser(description: str) -> argparse.ArgumentParser:
@@ -273,6 +275,16 @@ def full_disk(work_dir: str | Path) -> Iterator[None]:
         sys.exit(f'{error}: the training stopped, {kept}; free space in {work_dir} and go on with --resume')
 
 
+def _local_in_traceback(error: BaseException, *names: str, kind: type = str) -> Any:
+    """Find a local variable in the frames of a traceback, innermost first. None if there is none."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        for name in names:
+            if isinstance(value := frame.f_locals.get(name), kind):
+                return value
+    return None
+
+
 @contextlib.contextmanager
 def data_errors() -> Iterator[None]:
     """Exit with one sentence instead of a traceback if a file is missing, or data cannot be read or do not fit.
@@ -284,29 +296,36 @@ def data_errors() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        # The message about pretrained weights already says what to do.
+        # A worker puts its traceback before the message. The message about pretrained weights says what to do.
+        message = str(error).strip().splitlines()[-1]
         hint = f'; if it belongs to a data set, set data_root of {datasets}'
-        sys.exit(f'{error}{"" if "init_cfg" in str(error) else hint}')
-    except json.JSONDecodeError as error:
-        sys.exit(f'a file is no JSON ({error}) and begins with {error.doc[:50]!r}: check ann_file of {datasets}')
+        sys.exit(f'{message}{"" if "init_cfg" in message else hint}')
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        file = _local_in_traceback(error, 'annotation_file', 'ann_file') or f'ann_file of {datasets}'
+        sys.exit(f'{file} is no JSON: {error}. The file may be empty, cut or compressed: replace it')
     except DataError as error:
         sys.exit(str(error))
     except ValueError as error:
         # mmengine's data sets join what they hold, and NumPy joins no empty list.
-        if 'need at least one array to concatenate' not in str(error):
+        dataset = _local_in_traceback(error, 'self', kind=BaseDataset)
+        if 'need at least one array to concatenate' not in str(error) or dataset is None:
             raise
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        sys.exit(no_images(frame.f_locals.get('self')))
+        sys.exit(no_images(dataset))
+    except cv2.error as error:
+        if '!buf.empty()' not in str(error):
+            raise
+        sys.exit('an image file is empty: `find FOLDER -size 0` lists such files. Replace it, or leave it out')
     except AssertionError as error:
         # A worker adds its traceback to the message, with the line of code before the message itself.
         unreadable = re.findall(r'failed to load image: (.+)', str(error))
         if not unreadable:
             raise
-        sys.exit(f'cannot be read as an image: {unreadable[-1]}. It may be truncated: replace it, or leave it out')
+        sys.exit(f'{unreadable[-1]} cannot be read as an image. It may be cut: replace it, or leave it out')
     except RuntimeError as error:
         if not re.search(r'DataLoader worker .*(killed by signal|exited unexpectedly)', str(error)):
             raise
         sys.exit(
-            f'{str(error).splitlines()[0]} A process that loads data died, often because memory or shared memory '
-            f'(/dev/shm) is used up: set a smaller num_workers or batch_size of the dataloader, and go on with --resume'
+            f'{str(error).splitlines()[0].strip().rstrip(".")}. A process that loads data died, often because memory '
+            'or shared memory (/dev/shm) is used up: set a smaller num_workers or batch_size of the dataloader. A '
+            'training goes on with --resume'
         )

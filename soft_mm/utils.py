@@ -18,6 +18,10 @@ from mmengine.registry import MODELS, DefaultScope
 _CONFIG_LOCK = threading.Lock()
 
 
+class DataError(ValueError):
+    """Data do not fit the config or the model."""
+
+
 def read_config(path: str | Path) -> Config:
     """Read a config file. Its ``custom_imports`` may name modules in the current directory, such as ``projects.*``.
 

@@ -1,8 +1,11 @@
-"""Tools run in the process of a test, because to start a process takes longer than most of them."""
+"""Tools run in the process of a test, because to start one takes longer than most of them, or in two processes."""
 
 import contextlib
 import io
+import os
 import runpy
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,3 +25,14 @@ def run_tool(name, *arguments):
         except SystemExit as end:
             code = end.code
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def run_in_processes(name, *arguments, cwd):
+    """Run a launcher ``tools/name``, such as ``dist_train.sh``, on a free port. Return the finished process."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    path = f'{sys.exec_prefix}/bin{os.pathsep}{os.environ["PATH"]}'
+    environment = dict(os.environ, PORT=port, PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    command = [str(ROOT / 'tools' / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)

@@ -40,7 +40,7 @@ def test_fused_softmax_attention_is_counted():
         (dict(), (1, 1.01), set()),
         (dict(normalized=True), (1, 1), set()),
         (dict(solver='cholesky', max_landmarks=49), (0.998, 1), {'linalg_cholesky_ex', 'cholesky_solve'}),
-        (dict(type='SoftmaxAttention'), (0, 1), {'scaled_dot_product_attention'}),
+        (dict(type='SoftmaxAttention'), (0.5, 1), {'scaled_dot_product_attention'}),
     ],
     ids=str,
 )

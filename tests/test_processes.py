@@ -1,15 +1,18 @@
 """Trainings in two processes, compiled trainings, and memory of long ones. ``make test-long`` runs them."""
 
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
 
 import pytest
+import torch
+import torch._dynamo
 from digits_workspace import DENSE, ROOT
-from test_training_faults import FROZEN_BATCHNORM, SGD, names, relative_difference, train, weights
+from programs import run_in_processes
+from test_training_faults import FROZEN_BATCHNORM, SGD, relative_difference, toy_runner, train, weights
+
+from soft_mm.inference import read_whole_model
 
 pytestmark = pytest.mark.long
 SEGMENTOR, DETECTOR = (next(path for path in DENSE if path.stem.startswith(name)) for name in ('fpn', 'mask-rcnn'))
@@ -96,17 +99,17 @@ print('sharded', len(parts), flush=True)
 
 
 def test_sharded_training_equals_one_process(tmp_path, environment, float64):
-    """FSDP by mmengine's ``FlexibleRunner``, also resumed from its checkpoint."""
-    start = train(tmp_path / 'one', 2, **{'optim_wrapper.optimizer': SGD}, **FROZEN_BATCHNORM)
-    for epochs in (1, 2):
-        folder = tmp_path / 'two'
-        output = run_program(SHARDED, tmp_path, folder, epochs, environment=environment, processes=2)
-        assert 'sharded 2' in output
-    assert names(folder) == ['epoch_2.pth']
-    difference = relative_difference(folder / 'epoch_2.pth', tmp_path / 'one/epoch_2.pth', start)
-    assert difference <= 1e-10
-    (one, two) = (last_metrics(tmp_path / name) for name in ('one', 'two'))
-    print(one, two)
+    """FSDP by mmengine's ``FlexibleRunner``: its weights, its evaluation, and its checkpoint in an ordinary runner."""
+    one = tmp_path / 'one'
+    start = train(one, 1, **{'optim_wrapper.optimizer': SGD}, **FROZEN_BATCHNORM)
+    output = run_program(SHARDED, tmp_path, tmp_path / 'two', 1, environment=environment, processes=2)
+    assert 'sharded 2' in output
+    checkpoint = tmp_path / 'two/epoch_1.pth'
+    assert relative_difference(checkpoint, one / 'epoch_1.pth', start) <= 1e-10
+    assert last_metrics(tmp_path / 'two')['score'] == pytest.approx(last_metrics(one)['score'], rel=1e-9)
+    path, _ = read_whole_model(str(checkpoint))
+    runner = toy_runner(tmp_path / 'three', 1, load_from=path)
+    assert runner.val()['score'] == pytest.approx(last_metrics(one)['score'], rel=1e-9)
 
 
 # Nothing random, and no BatchNorm that is trained: it would see other images in each process.
@@ -125,68 +128,63 @@ model = dict(backbone=dict(norm_eval=True, drop_path_rate=0.0, init_cfg=None), {
 train_dataloader = dict(
     batch_size={batch_size}, num_workers=0, persistent_workers=False, sampler=dict(shuffle=False)
 )
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.01), accumulative_counts={accumulated})
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='SGD', lr=0.01, weight_decay=0.05), accumulative_counts={accumulated}
+)
 param_scheduler = []
 train_cfg = dict(max_iters={iterations}, val_interval={iterations})
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 val_dataloader = dict(num_workers=0)
 test_dataloader = dict(num_workers=0)
 """
 
 
-@pytest.fixture
-def launch(workspace, environment):
-    """Run a tool in one process, or in two by its launcher."""
-
-    def start(name, *arguments, processes):
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = str(free.getsockname()[1])
-        path = f'{sys.exec_prefix}/bin{os.pathsep}{environment["PATH"]}'
-        command = (
-            [str(ROOT / f'tools/dist_{name}.sh')] if processes > 1 else [sys.executable, str(ROOT / f'tools/{name}.py')]
-        )
-        arguments = list(arguments)
-        if processes > 1:
-            # The number of processes stands before the options.
-            arguments.insert(dict(train=1, test=2)[name], processes)
-        done = subprocess.run(
-            [*command, *map(str, arguments)],
-            cwd=workspace,
-            env=dict(environment, PATH=path, PORT=port),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-    return start
-
-
 @pytest.mark.parametrize('config', SAME_STEPS, ids=lambda path: path.stem)
-def test_dense_models_train_in_two_processes_as_in_one(workspace, launch, tmp_path, config):
-    """Against one process with the joint batch, and with the gradients of single images accumulated."""
+def test_dense_models_train_in_two_processes_as_in_one(workspace, environment, tmp_path, config):
+    """Against one process that accumulates the gradients of single images, and one with the joint batch.
+
+    The losses of mmdet divide by numbers of boxes, which differ between a joint batch and single images.
+    """
     iterations = 4
-    runs = dict(two=(1, iterations, 1, 2), joint=(2, iterations, 1, 1), accumulated=(1, 2 * iterations, 2, 1))
-    for name, (batch_size, count, accumulated, processes) in runs.items():
+    runs = dict(two=(1, iterations, 1), joint=(2, iterations, 1), accumulated=(1, 2 * iterations, 2))
+    for name, (batch_size, count, accumulated) in runs.items():
         file = tmp_path / f'{name}.py'
         file.write_text(same_steps(config, batch_size, count, accumulated))
-        launch('train', file, '--work-dir', tmp_path / name, processes=processes)
-    found = tmp_path / f'two/iter_{iterations}.pth'
-    for name in ('joint', 'accumulated'):
-        other = weights(tmp_path / name / f'iter_{runs[name][1]}.pth')
-        print(name, max((weights(found)[k].double() - v.double()).abs().max().item() for k, v in other.items()))
-    for processes in (1, 2):
-        launch('test', tmp_path / 'two.py', found, '--json', tmp_path / f'{processes}.json', processes=processes)
-    one, two = (json.loads((tmp_path / f'{processes}.json').read_text()) for processes in (1, 2))
+        arguments = ('--work-dir', tmp_path / name)
+        if name == 'two':
+            done = run_in_processes('dist_train.sh', file, 2, *arguments, cwd=workspace)
+        else:
+            command = [sys.executable, str(ROOT / 'tools/train.py'), str(file), *map(str, arguments)]
+            done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    found, start = tmp_path / f'two/iter_{iterations}.pth', weights(tmp_path / 'two/iter_1.pth')
+    for name, tolerance in (('accumulated', 1e-6), ('joint', 0.1)):
+        difference = relative_difference(tmp_path / name / f'iter_{runs[name][1]}.pth', found, start)
+        print(config.stem, name, difference)
+        assert difference <= tolerance
+    # Boxes of an untrained detector have no average precision, but some recall.
+    options = ['--cfg-options', 'test_evaluator.metric=proposal_fast'] if config == DETECTOR else []
+    arguments = (tmp_path / 'two.py', found, 2, '--json', tmp_path / 'two.json', *options)
+    done = run_in_processes('dist_test.sh', *arguments, cwd=workspace)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    command = [sys.executable, str(ROOT / 'tools/test.py'), str(tmp_path / 'two.py'), str(found)]
+    command += ['--json', str(tmp_path / 'one.json'), *options]
+    assert subprocess.run(command, cwd=workspace, env=environment).returncode == 0
+    one, two = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('one', 'two'))
     print(one, two)
+    assert one == two and max(one.values()) > 0
 
 
-def test_compiled_training_equals_eager(tmp_path, float64):
-    """``compile=True`` in a config, which compiles the model's forward pass."""
+def test_compiled_training_equals_eager(tmp_path):
+    """``compile=True`` in a config. In double precision, PyTorch 2.8 cannot compile stage 4's attention."""
+    torch._dynamo.utils.counters.clear()
     for name, changes in (('eager', {}), ('compiled', dict(compile=True))):
-        start = train(tmp_path / name, 1, **changes, **{'optim_wrapper.optimizer': SGD})
+        options = {'optim_wrapper.optimizer': SGD, **FROZEN_BATCHNORM, **changes}
+        start = train(tmp_path / name, 1, **options)
     difference = relative_difference(tmp_path / 'compiled/epoch_1.pth', tmp_path / 'eager/epoch_1.pth', start)
-    assert difference <= 1e-10
+    print('compile', difference)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0
+    assert difference <= 1e-4
 
 
 MEMORY = """

@@ -1,9 +1,9 @@
 """Command-line tools of training, testing and prediction: what they take, do and refuse."""
 
+import functools
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -14,7 +14,7 @@ import torch
 from authors import Harmful
 from digits_workspace import CLASSIFIER, DENSE, OPTIONS, ROOT
 from mmengine.config import Config
-from programs import run_tool
+from programs import run_in_processes, run_tool
 
 ADE20K = ROOT / 'configs/ade20k/upernet_soft-tiny-norm_8xb2-160k_ade20k-512x512.py'
 TEST_OPTIONS = ['test_dataloader.num_workers=0']
@@ -240,16 +240,7 @@ def test_learning_rate_scaling_reaches_the_runner(monkeypatch, tmp_path):
 
 def test_two_processes_train_and_evaluate(workspace, tmp_path):
     """The launchers for several GPUs, on two CPU processes. Their metrics equal those of one process."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
-
-    def launch(name, *arguments):
-        path = f'{sys.exec_prefix}/bin{os.pathsep}{os.environ["PATH"]}'
-        environment = dict(os.environ, PORT=port, PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-        command = [str(ROOT / 'tools' / name), *map(str, arguments)]
-        return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300)
-
+    launch = functools.partial(run_in_processes, cwd=workspace)
     run = tmp_path / 'run'
     done = launch('dist_train.sh', CLASSIFIER, 2, '--work-dir', run, '--cfg-options', *OPTIONS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

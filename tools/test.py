@@ -6,7 +6,6 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 
 from soft_mm.export import check_task
-from soft_mm.hooks import DataError
 from soft_mm.inference import check_weights, read_whole_model
 from soft_mm.onnx_model import OnnxModel
 from soft_mm.runner import (
@@ -65,13 +64,7 @@ def main():
                 check_weights(runner.model, weights, args.checkpoint)
         except ValueError as error:
             parser.error(str(error))
-        try:
-            metrics = runner.test()
-        except ValueError as error:
-            if not exported or isinstance(error, (DataError, json.JSONDecodeError)):
-                raise
-            # Such as an image of a size that the file does not take.
-            parser.error(str(error))
+        metrics = runner.test()
     if args.json and is_main_process():
         # Not written atomically, because a device such as /dev/stdout cannot be renamed.
         Path(args.json).write_text(json.dumps(plain_values(metrics), indent=2) + '\n')

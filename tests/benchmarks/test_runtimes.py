@@ -5,13 +5,16 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from authors import REDUCED_ARCH
 from digits_workspace import CLASSIFIER
 from rich.console import Console
 
+from benchmarks.runtime_worker import attention_nodes, to_onnx
 from benchmarks.runtimes import measure_runtime, runtime_tables
 from benchmarks.targets import Target
+from soft_mm import SOFT
 
 SETTINGS = dict(images=None, calibration=2, repeats=2, seconds=1)
 REDUCED = Target('reduced', 'backbone', dict(type='soft_mm.SOFT', arch=REDUCED_ARCH))
@@ -53,6 +56,22 @@ def test_runtimes_of_pytorch(runtime, difference):
 def test_runtimes_of_a_file(runtime, difference):
     pytest.importorskip('onnxruntime', reason='requirements/openmmlab.txt has no onnxruntime')
     check_row(measure(runtime), difference, has_file=True)
+
+
+@pytest.mark.parametrize('attention', ['SoftmaxFreeAttention', 'SoftmaxAttention'])
+def test_products_of_the_attention_are_found(tmp_path, attention):
+    """Those of softmax-free attention stay out of int8. MLPs and the last projections do not."""
+    onnx = pytest.importorskip('onnx', reason='requirements/openmmlab.txt has no onnx')
+    model = SOFT(REDUCED_ARCH, attention=dict(type=attention), out_indices=(0,)).eval()
+    file = to_onnx(model, np.zeros((1, 3, 64, 64), np.float32), tmp_path)
+    found = attention_nodes(model, file)
+    products = [node for node in onnx.load(file).graph.node if node.op_type == 'MatMul']
+    inside = [node for node in products if node.name in found]
+    # Twenty iterations of two products, in each block of stage 1.
+    count = REDUCED_ARCH['depths'][0]
+    assert len(inside) > 40 * count if attention == 'SoftmaxFreeAttention' else not found
+    # The last projection and two layers of the MLP.
+    assert len(products) - len(inside) == 3 * count or attention == 'SoftmaxAttention'
 
 
 def test_failures_have_their_own_table():
