@@ -65,7 +65,7 @@ def to_onnx(model, x, folder):
 def attention_nodes(model, file):
     """List the nodes of an ONNX file that compute softmax-free attention, except its last projection.
 
-    In int8, an error of the queries grows without bound in the inverse of the landmarks' kernel.
+    In int8, the inverse of the landmarks' kernel would amplify the errors of the queries.
 
     Args:
         model (nn.Module): The model.

@@ -185,27 +185,29 @@ def no_images(dataset: Any) -> str:
     )
 
 
-def _check_categories(dataset: Any, training: bool) -> None:
+def _check_categories(dataset: Any, mode: str) -> None:
     """Compare the classes of mmdet's ``CocoDataset`` with the categories of its file."""
     module = sys.modules.get('mmdet.datasets')
-    classes = tuple((getattr(dataset, 'metainfo', None) or {}).get('classes') or ())
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
     load = getattr(type(dataset), 'load_data_list', None)
-    if module is None or not classes or load is not module.CocoDataset.load_data_list:
+    if module is None or not isinstance(classes, (list, tuple)) or load is not module.CocoDataset.load_data_list:
         return
     # mmdet does not keep the categories.
     content = json.loads(get_text(dataset.ann_file, backend_args=dataset.backend_args))
     names = {category['id']: category['name'] for category in content['categories']}
-    found = tuple(names[number] for number in dataset.cat_ids)
+    found = [names[number] for number in dataset.cat_ids]
     missing = [name for name in classes if name not in found]
-    if found != classes[: len(found)]:
-        problem = f'lacks {", ".join(missing)}' if missing else f'has them in the order {", ".join(found)}'
+    in_order = found == list(classes[: len(found)])
+    if not in_order or (missing and mode != 'train'):
+        problem = f'has no category {", ".join(missing)}' if missing else f'has the order {", ".join(found)}'
         message = (
             f'{dataset.ann_file}: mmdet numbers the classes in the order of the categories in the file. The config has '
-            f'the classes {", ".join(classes)}, and the file {problem}. Labels would get wrong names: set '
-            f'metainfo=dict(classes={found}) of the data set, and num_classes of the heads to {len(found)}'
+            f'the classes {", ".join(classes)}, but the file {problem}. Labels would get wrong names: change '
+            'metainfo=dict(classes=...) of the data set, or the categories of the file. They may have no annotation'
         )
-        if training:
+        if missing or mode != 'test':
             raise DataError(message)
+        # The numbers are right if the model was trained with the same order.
         print_log(message, 'current', logging.WARNING)
     elif missing:
         print_log(f'{dataset.ann_file} has no category {", ".join(missing[:10])}', 'current', logging.WARNING)
@@ -219,16 +221,16 @@ def _check_categories(dataset: Any, training: bool) -> None:
         )
 
 
-def _check_dataset(dataset: Any, training: bool) -> None:
+def _check_dataset(dataset: Any, mode: str) -> None:
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise DataError(no_images(next(_inner_datasets(dataset))))
     if is_main_process():
         for part in _inner_datasets(dataset):
-            _check_categories(part, training)
+            _check_categories(part, mode)
 
 
-def _find_head(model: Module) -> Module | None:
-    """Find the head that takes the labels of a classifier, detector or segmentor."""
+def _classes_of_head(model: Any) -> tuple[int, int | None, str]:
+    """Find the head that takes the labels: its number of classes, or 0 if unknown, the label it ignores, its name."""
     while hasattr(model, 'module'):
         model = model.module
     roi_head = getattr(model, 'roi_head', None)
@@ -240,21 +242,24 @@ def _find_head(model: Module) -> Module | None:
     ):
         # A cascade has a list of heads.
         head = head[-1] if isinstance(head, ModuleList) else head
-        # The head of region proposals has one class for all labels.
-        if isinstance(getattr(head, 'num_classes', None), int) and type(head).__name__ != 'RPNHead':
-            return head
-    return None
+        count = getattr(head, 'num_classes', None)
+        # A head of region proposals has one class for all labels.
+        if isinstance(count, int) and 'RPN' not in type(head).__name__:
+            # A head of mmsegmentation with one output channel tells two classes apart.
+            count = 2 if getattr(head, 'out_channels', None) == 1 else count
+            return count, getattr(head, 'ignore_index', None), type(head).__name__
+    return 0, None, ''
 
 
 @HOOKS.register_module()
 class DataCheckHook(Hook):
-    """Check the data, where the toolboxes would give a wrong result, wait forever or stop without naming the file.
+    """Check the data, where the toolboxes would give a wrong result or an error that names no file.
 
-    - A data set without images: mmengine's ``InfiniteSampler`` would wait forever.
-    - mmdet's ``CocoDataset``, if the classes of the config are not the categories of the file in their order: labels
-      would get wrong names. An error before a training, and a warning before a test.
-    - Labels in a batch that are larger than the number of classes of the head. mmsegmentation would leave such pixels
-      out of the metrics, and some heads of mmdet take such boxes for background.
+    - A data set without images.
+    - mmdet's ``CocoDataset``, if the config lists the classes in another order than the file, or one that the file
+      lacks: labels would get wrong names. Another order is a warning before a test.
+    - Labels in a batch that are not below the number of classes. mmsegmentation would leave their pixels out of the
+      metrics, and some heads of mmdet take their boxes for background.
 
     ``tools/train.py`` and ``tools/test.py`` use it.
     """
@@ -265,36 +270,42 @@ class DataCheckHook(Hook):
         Raises:
             DataError: If one has no images or does not fit the config.
         """
-        _check_dataset(runner.train_dataloader.dataset, training=True)
+        _check_dataset(runner.train_dataloader.dataset, 'train')
         if runner.val_loop is not None:
-            _check_dataset(runner.val_dataloader.dataset, training=True)
+            _check_dataset(runner.val_dataloader.dataset, 'val')
 
     def before_test(self, runner: Runner) -> None:
         """Check the data set of the test.
 
         Raises:
-            DataError: If it has no images.
+            DataError: If it has no images or lacks a class.
         """
-        _check_dataset(runner.test_dataloader.dataset, training=False)
+        _check_dataset(runner.test_dataloader.dataset, 'test')
 
     def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = 'train') -> None:
         """Check the labels of a batch.
 
         Raises:
-            DataError: If a label is neither a class of the head nor the value that the head ignores.
+            DataError: If a label is not below the number of classes, and not the value for ignored pixels.
         """
         samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
         if not isinstance(samples, (list, tuple)):
             return
-        head = _find_head(runner.model)
+        if mode == 'train':
+            count, ignored, owner = _classes_of_head(runner.model)
+        else:
+            # The metrics of mmsegmentation use the classes of the data set and ignore 255.
+            loader = runner.val_dataloader if mode == 'val' else runner.test_dataloader
+            classes = (getattr(loader.dataset, 'metainfo', None) or {}).get('classes')
+            count, ignored, owner = len(classes or ()), 255, type(loader.dataset).__name__
         # Test-time augmentation gives a list of samples for each form of an image.
         for sample in (part for item in samples for part in (item if isinstance(item, (list, tuple)) else [item])):
-            if head is None or not isinstance(sample, BaseDataElement):
+            if not count or not isinstance(sample, BaseDataElement):
                 continue
-            if 'gt_sem_seg' in sample and hasattr(head, 'ignore_index'):
+            if 'gt_sem_seg' in sample and ignored is not None:
                 labels, file = sample.gt_sem_seg.data, sample.get('seg_map_path')
             elif mode != 'train':
-                # An evaluation of other classes, such as a zero-shot one, is no fault.
+                # A zero-shot evaluation has other classes than the model.
                 continue
             elif 'gt_label' in sample:
                 labels, file = sample.gt_label, sample.get('img_path')
@@ -302,13 +313,10 @@ class DataCheckHook(Hook):
                 labels, file = sample.gt_instances.labels, sample.get('img_path')
             else:
                 continue
-            # A head of mmsegmentation with one output channel tells two classes apart.
-            count = 2 if getattr(head, 'out_channels', None) == 1 else head.num_classes
-            ignored = getattr(head, 'ignore_index', None)
             wrong = labels >= count if ignored is None else (labels >= count) & (labels != ignored)
             if wrong.any():
                 raise DataError(
-                    f'{file or "an image"} has the labels {labels[wrong].unique().tolist()[:10]}, but '
-                    f'{type(head).__name__} has the classes 0 to {count - 1}. Correct the labels, or set num_classes '
-                    f'of the heads{"" if ignored is None else " and reduce_zero_label of the data set"}'
+                    f'{file or "an image"} has the labels {labels[wrong].unique().tolist()[:10]}, but {owner} has the '
+                    f'classes 0 to {count - 1}. Correct the labels, or set num_classes of the heads'
+                    f'{"" if ignored is None else " and reduce_zero_label of the data set"}'
                 )

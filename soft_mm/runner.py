@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -275,14 +274,30 @@ def full_disk(work_dir: str | Path) -> Iterator[None]:
         sys.exit(f'{error}: the training stopped, {kept}; free space in {work_dir} and go on with --resume')
 
 
-def _local_in_traceback(error: BaseException, *names: str, kind: type = str) -> Any:
-    """Find a local variable in the frames of a traceback, innermost first. None if there is none."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    for frame in reversed(frames):
-        for name in names:
-            if isinstance(value := frame.f_locals.get(name), kind):
-                return value
+def _local_in_traceback(error: BaseException, name: str, function: str | None = None) -> Any:
+    """Find a local variable in the frames of a traceback, or of one function in it. None if there is none."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if name in frame.f_locals and function in (None, frame.f_code.co_name):
+            return frame.f_locals[name]
     return None
+
+
+@contextlib.contextmanager
+def _dead_worker() -> Iterator[None]:
+    """Exit with one sentence if a process that loads data died."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # PyTorch notices it by a signal, or when it reads from the process.
+        killed = re.search(r'DataLoader worker .*(killed by signal|exited unexpectedly)', str(error))
+        reading = _local_in_traceback(error, 'self', function='_try_get_data') is not None
+        if not killed and (isinstance(error, RuntimeError) or not reading):
+            raise
+        sys.exit(
+            f'{str(error).splitlines()[0].strip().rstrip(".") if killed else type(error).__name__}. A process that '
+            'loads data died, often because memory or shared memory (/dev/shm) is used up: set a smaller num_workers '
+            'or batch_size of the dataloader. A training goes on with --resume'
+        )
 
 
 @contextlib.contextmanager
@@ -294,21 +309,28 @@ def data_errors() -> Iterator[None]:
     """
     datasets = 'train_dataloader.dataset, val_dataloader.dataset and test_dataloader.dataset'
     try:
-        yield
+        # Twice, because the signal may arrive while another error of the dead process is handled.
+        with _dead_worker(), _dead_worker():
+            yield
     except FileNotFoundError as error:
-        # A worker puts its traceback before the message. The message about pretrained weights says what to do.
-        message = str(error).strip().splitlines()[-1]
+        message = str(error)
+        if message.startswith('Caught FileNotFoundError in DataLoader worker'):
+            # The worker's traceback stands before the message itself.
+            message = message.strip().splitlines()[-1]
+        # The message about pretrained weights says what to do.
         hint = f'; if it belongs to a data set, set data_root of {datasets}'
         sys.exit(f'{message}{"" if "init_cfg" in message else hint}')
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        file = _local_in_traceback(error, 'annotation_file', 'ann_file') or f'ann_file of {datasets}'
+        file = _local_in_traceback(error, 'annotation_file')
+        if file is None:
+            raise
         sys.exit(f'{file} is no JSON: {error}. The file may be empty, cut or compressed: replace it')
     except DataError as error:
         sys.exit(str(error))
     except ValueError as error:
         # mmengine's data sets join what they hold, and NumPy joins no empty list.
-        dataset = _local_in_traceback(error, 'self', kind=BaseDataset)
-        if 'need at least one array to concatenate' not in str(error) or dataset is None:
+        dataset = _local_in_traceback(error, 'self', function='_serialize_data')
+        if dataset is None or 'need at least one array to concatenate' not in str(error):
             raise
         sys.exit(no_images(dataset))
     except cv2.error as error:
@@ -321,11 +343,3 @@ def data_errors() -> Iterator[None]:
         if not unreadable:
             raise
         sys.exit(f'{unreadable[-1]} cannot be read as an image. It may be cut: replace it, or leave it out')
-    except RuntimeError as error:
-        if not re.search(r'DataLoader worker .*(killed by signal|exited unexpectedly)', str(error)):
-            raise
-        sys.exit(
-            f'{str(error).splitlines()[0].strip().rstrip(".")}. A process that loads data died, often because memory '
-            'or shared memory (/dev/shm) is used up: set a smaller num_workers or batch_size of the dataloader. A '
-            'training goes on with --resume'
-        )

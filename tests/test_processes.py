@@ -90,7 +90,7 @@ strategy = dict(
 )
 options = {'train_dataloader.batch_size': 1, 'optim_wrapper.type': 'OptimWrapper', 'optim_wrapper.optimizer': SGD}
 runner = toy_runner(
-    sys.argv[1], int(sys.argv[2]), launcher='pytorch', runner_type='FlexibleRunner', strategy=strategy,
+    sys.argv[1], 1, launcher='pytorch', runner_type='FlexibleRunner', strategy=strategy,
     env_cfg=dict(dist_cfg=dict(backend='gloo')), **options, **FROZEN_BATCHNORM)
 runner.train()
 parts = [name for name, _ in runner.model.named_modules() if name.endswith('landmark._fsdp_wrapped_module')]
@@ -102,7 +102,7 @@ def test_sharded_training_equals_one_process(tmp_path, environment, float64):
     """FSDP by mmengine's ``FlexibleRunner``: its weights, its evaluation, and its checkpoint in an ordinary runner."""
     one = tmp_path / 'one'
     start = train(one, 1, **{'optim_wrapper.optimizer': SGD}, **FROZEN_BATCHNORM)
-    output = run_program(SHARDED, tmp_path, tmp_path / 'two', 1, environment=environment, processes=2)
+    output = run_program(SHARDED, tmp_path, tmp_path / 'two', environment=environment, processes=2)
     assert 'sharded 2' in output
     checkpoint = tmp_path / 'two/epoch_1.pth'
     assert relative_difference(checkpoint, one / 'epoch_1.pth', start) <= 1e-10

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.runner import set_random_seed
 
 from soft_mm.models.arch import parse_arch
 from soft_mm.utils import build_model, dicts_in
@@ -221,13 +222,13 @@ def heads_in_float32(model, dtype):
 def test_tiny_models_train_and_predict_in_half_precision(config, dtype, use):
     """The losses of all families, trained and evaluated under autocast, are close to those in float32."""
     cfg, model, size = model_with_random_weights(config, use)
-    if config.stem.startswith(('mask-rcnn', 'mask2former')):
+    if config.stem.startswith(('mask-rcnn', 'retinanet', 'mask2former')):
         # On the CPU, mmcv's NMS and RoIAlign take no half precision, and Mask2Former's mask loss is summed in float16.
         heads_in_float32(model, dtype)
     batch, totals = image_batch(cfg.default_scope, size), {}
     for enabled in (False, True):
-        # Heads draw their samples at random.
-        torch.manual_seed(1)
+        # Heads and Mixup draw at random.
+        set_random_seed(1)
         model.train().zero_grad()
         with torch.autocast('cpu', dtype, enabled=enabled):
             losses = model(**model.data_preprocessor(copy.deepcopy(batch), training=True), mode='loss')

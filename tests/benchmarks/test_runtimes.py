@@ -60,7 +60,7 @@ def test_runtimes_of_a_file(runtime, difference):
 
 @pytest.mark.parametrize('attention', ['SoftmaxFreeAttention', 'SoftmaxAttention'])
 def test_products_of_the_attention_are_found(tmp_path, attention):
-    """Those of softmax-free attention stay out of int8. MLPs and the last projections do not."""
+    """The products of softmax-free attention stay out of int8. MLPs and last projections do not."""
     onnx = pytest.importorskip('onnx', reason='requirements/openmmlab.txt has no onnx')
     model = SOFT(REDUCED_ARCH, attention=dict(type=attention), out_indices=(0,)).eval()
     file = to_onnx(model, np.zeros((1, 3, 64, 64), np.float32), tmp_path)
