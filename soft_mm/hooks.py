@@ -14,7 +14,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
-from torch.nn import Module, ModuleList
+from torch.nn import ModuleList
 from torch.utils.hooks import RemovableHandle
 
 from soft_mm.registry import HOOKS
@@ -199,10 +199,10 @@ def _check_categories(dataset: Any, mode: str) -> None:
     missing = [name for name in classes if name not in found]
     in_order = found == list(classes[: len(found)])
     if not in_order or (missing and mode != 'train'):
-        problem = f'has no category {", ".join(missing)}' if missing else f'has the order {", ".join(found)}'
+        problem = f'has no category {", ".join(map(str, missing))}' if missing else f'has the order {", ".join(found)}'
         message = (
             f'{dataset.ann_file}: mmdet numbers the classes in the order of the categories in the file. The config has '
-            f'the classes {", ".join(classes)}, but the file {problem}. Labels would get wrong names: change '
+            f'the classes {", ".join(map(str, classes))}, but the file {problem}. Labels would get wrong names: change '
             'metainfo=dict(classes=...) of the data set, or the categories of the file. They may have no annotation'
         )
         if missing or mode != 'test':
@@ -210,7 +210,7 @@ def _check_categories(dataset: Any, mode: str) -> None:
         # The numbers are right if the model was trained with the same order.
         print_log(message, 'current', logging.WARNING)
     elif missing:
-        print_log(f'{dataset.ann_file} has no category {", ".join(missing[:10])}', 'current', logging.WARNING)
+        print_log(f'{dataset.ann_file} has no category {", ".join(map(str, missing[:10]))}', 'current', logging.WARNING)
     ignored = [name for name in names.values() if name not in classes]
     if ignored:
         print_log(

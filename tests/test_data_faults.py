@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -45,11 +48,12 @@ def data(workspace, tmp_path, monkeypatch):
 def train_detector(data, tmp_path):
     """Train on the COCO file of the validation split."""
 
-    def run(classes=DIGITS, workers=0, options=()):
+    def run(classes=DIGITS, workers=0, val_classes=DIGITS):
         file = tmp_path / 'detector.py'
         file.write_text(f"""
 _base_ = {str(DETECTOR)!r}
 {SHORT}
+val_dataloader = dict(num_workers=0, dataset=dict(metainfo=dict(classes={val_classes!r})))
 train_dataloader = dict(
     batch_size=1,
     num_workers={workers},
@@ -70,8 +74,7 @@ train_dataloader = dict(
     ),
 )
 """)
-        options = ('--cfg-options', *options) if options else ()
-        return run_tool('train.py', file, '--work-dir', tmp_path / 'run', *options)
+        return run_tool('train.py', file, '--work-dir', tmp_path / 'run')
 
     return run
 
@@ -98,8 +101,7 @@ def test_last_class_that_the_file_lacks(train_detector, tmp_path):
     assert train_detector((*DIGITS[:9], 'nine')).returncode == 0
     (log,) = (tmp_path / 'run').rglob('*.log')
     assert 'instances_val.json has no category nine' in log.read_text()
-    options = ('val_dataloader.dataset.metainfo.classes=(0,1,2,3,4,5,6,7,8,nine)',)
-    assert 'the file has no category nine' in train_detector(options=options).returncode
+    assert 'the file has no category nine' in train_detector(val_classes=(*DIGITS[:9], 'nine')).returncode
 
 
 def test_category_that_the_config_does_not_know(train_detector, tmp_path):
@@ -220,24 +222,40 @@ class DyingImages(NoiseImages):
         return super().__getitem__(index)
 
 
-def test_worker_that_dies_leaves_the_last_checkpoint(tmp_path):
-    fatal = tmp_path / 'fatal'
-    changes = {
-        'train_dataloader.dataset': dict(type='DyingImages', fatal=str(fatal)),
-        'train_dataloader.num_workers': 1,
-    }
-    toy_runner(tmp_path / 'run', 1, **changes).train()
+DEAD_WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from soft_mm.runner import data_errors
+from test_data_faults import dying_runner
+with data_errors():
+    dying_runner(sys.argv[1], 3, sys.argv[2]).train()
+"""
+
+
+def dying_runner(work_dir, epochs, fatal):
+    dataset = dict(type='DyingImages', fatal=str(fatal))
+    return toy_runner(work_dir, epochs, **{'train_dataloader.dataset': dataset, 'train_dataloader.num_workers': 1})
+
+
+def test_worker_that_dies_leaves_the_last_checkpoint(tmp_path, environment):
+    run, fatal = tmp_path / 'run', tmp_path / 'fatal'
+    dying_runner(run, 1, fatal).train()
     fatal.touch()
-    with pytest.raises(SystemExit, match='A process that loads data died') as caught, data_errors():
-        toy_runner(tmp_path / 'run', 3, **changes).train()
-    assert 'set a smaller num_workers' in str(caught.value) and '--resume' in str(caught.value)
-    assert names(tmp_path / 'run') == ['epoch_1.pth']
+    program = DEAD_WORKER.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, '-c', program, str(run), str(fatal)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-2000:]
+    message = done.stderr.strip().splitlines()[-1]
+    assert 'A process that loads data died' in message and 'set a smaller num_workers' in message
+    assert names(run) == ['epoch_1.pth']
     fatal.unlink()
-    again = toy_runner(tmp_path / 'run', 3, **changes)
-    assert again._load_from == str(tmp_path / 'run/epoch_1.pth') and again._resume
+    again = dying_runner(run, 3, fatal)
+    assert again._load_from == str(run / 'epoch_1.pth') and again._resume
     again.train()
-    toy_runner(tmp_path / 'whole', 3, **changes).train()
-    assert_same_weights(tmp_path / 'run/epoch_3.pth', tmp_path / 'whole/epoch_3.pth')
+    dying_runner(tmp_path / 'whole', 3, fatal).train()
+    assert_same_weights(run / 'epoch_3.pth', tmp_path / 'whole/epoch_3.pth')
 
 
 @pytest.mark.parametrize('length', [0, 4])
