@@ -217,6 +217,7 @@ def heads_in_float32(model, dtype):
     model.forward = forward
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @TINY
 def test_tiny_models_train_and_predict_in_half_precision(config, dtype, use):
