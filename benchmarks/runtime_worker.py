@@ -55,6 +55,16 @@ def dynamic_int8(model, x, calibration, folder):
 
 
 def to_onnx(model, x, folder):
+    """Export a model of one input by PyTorch's exporter.
+
+    Args:
+        model (nn.Module): The model.
+        x (np.ndarray): Example of the input.
+        folder (str | Path): Folder of the file.
+
+    Returns:
+        Path: The file.
+    """
     file = Path(folder, 'model.onnx')
     with quiet():
         program = torch.onnx.export(model, (torch.from_numpy(x),), dynamo=True, input_names=['image'])

@@ -119,6 +119,16 @@ def protect_checkpoints(cfg: Config) -> None:
         cfg.default_hooks.checkpoint = dict(hook, type='soft_mm.SafeCheckpointHook')
 
 
+def add_hooks(cfg: Config, *kinds: str) -> None:
+    """Add hooks to ``custom_hooks``.
+
+    Args:
+        cfg (Config): Config, changed in place.
+        kinds (str): Types of the hooks.
+    """
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *(dict(type=kind) for kind in kinds)]
+
+
 def find_start(cfg: Config, resume: str | None) -> None:
     """Set the checkpoint from which a training starts.
 
@@ -328,7 +338,7 @@ def data_errors() -> Iterator[None]:
     except DataError as error:
         sys.exit(str(error))
     except ValueError as error:
-        # mmengine's data sets join what they hold, and NumPy joins no empty list.
+        # mmengine concatenates the images of a data set, which fails in NumPy without any.
         dataset = _local_in_traceback(error, 'self', function='_serialize_data')
         if dataset is None or 'need at least one array to concatenate' not in str(error):
             raise

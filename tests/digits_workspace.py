@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'projects/photo_digits/configs').glob('*.py'))
 CLASSIFIER = ROOT / 'projects/photo_digits/configs/soft-tiny_photo-digits-crops.py'
 DENSE = [path for path in CONFIGS if path != CLASSIFIER]
+SEGMENTOR, DETECTOR = (next(path for path in DENSE if path.stem.startswith(name)) for name in ('fpn', 'mask-rcnn'))
 OPTIONS = [
     'train_cfg.max_iters=2',
     'train_cfg.val_interval=2',

@@ -27,12 +27,21 @@ def run_tool(name, *arguments):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+def _run(command, cwd, timeout, **variables):
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1') | variables
+    command = [str(part) for part in command]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def tool(name, *arguments, cwd):
+    """Run ``tools/name`` in a process of its own. Return the finished process."""
+    return _run([sys.executable, ROOT / 'tools' / name, *arguments], cwd, timeout=300)
+
+
 def run_in_processes(name, *arguments, cwd):
-    """Run a launcher ``tools/name``, such as ``dist_train.sh``, on a free port. Return the finished process."""
+    """Run a launcher ``tools/name``, for example ``dist_train.sh``, on a free port. Return the finished process."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
     path = f'{sys.exec_prefix}/bin{os.pathsep}{os.environ["PATH"]}'
-    environment = dict(os.environ, PORT=port, PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    command = [str(ROOT / 'tools' / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    return _run([ROOT / 'tools' / name, *arguments], cwd, timeout=600, PORT=port, PATH=path)

@@ -1,4 +1,4 @@
-"""Faults of data: the tools say in one sentence what is wrong and where, and no checkpoint is lost."""
+"""Faults of data: a tool names the fault and the file in one sentence, and the checkpoints stay."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from digits_workspace import DENSE
+from digits_workspace import DETECTOR, SEGMENTOR
 from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement, InstanceData
 from programs import run_tool
@@ -25,7 +25,6 @@ from soft_mm.hooks import DataCheckHook
 from soft_mm.runner import data_errors
 from soft_mm.utils import DataError
 
-SEGMENTOR, DETECTOR = (next(path for path in DENSE if path.stem.startswith(name)) for name in ('fpn', 'mask-rcnn'))
 DIGITS = tuple('0123456789')
 SHORT = """
 model = dict(backbone=dict(init_cfg=None))

@@ -8,14 +8,13 @@ import sys
 import pytest
 import torch
 import torch._dynamo
-from digits_workspace import DENSE, ROOT
-from programs import run_in_processes
+from digits_workspace import DETECTOR, ROOT, SEGMENTOR
+from programs import run_in_processes, tool
 from test_training_faults import FROZEN_BATCHNORM, SGD, relative_difference, toy_runner, train, weights
 
 from soft_mm.inference import read_whole_model
 
 pytestmark = pytest.mark.long
-SEGMENTOR, DETECTOR = (next(path for path in DENSE if path.stem.startswith(name)) for name in ('fpn', 'mask-rcnn'))
 
 
 def run_program(program, folder, *arguments, environment, processes=None):
@@ -30,7 +29,7 @@ def run_program(program, folder, *arguments, environment, processes=None):
 
 
 def last_metrics(folder):
-    """Read what the last evaluation of a training found."""
+    """Read the metrics of the last evaluation of a training."""
     log = max(folder.glob('*/vis_data/scalars.json')).read_text().splitlines()
     return json.loads(log[-1])
 
@@ -140,7 +139,7 @@ test_dataloader = dict(num_workers=0)
 
 
 @pytest.mark.parametrize('config', SAME_STEPS, ids=lambda path: path.stem)
-def test_dense_models_train_in_two_processes_as_in_one(workspace, environment, tmp_path, config):
+def test_dense_models_train_in_two_processes_as_in_one(workspace, tmp_path, config):
     """Against one process that accumulates the gradients of single images, and one with the joint batch.
 
     The losses of mmdet divide by numbers of boxes, which differ between a joint batch and single images.
@@ -154,8 +153,7 @@ def test_dense_models_train_in_two_processes_as_in_one(workspace, environment, t
         if name == 'two':
             done = run_in_processes('dist_train.sh', file, 2, *arguments, cwd=workspace)
         else:
-            command = [sys.executable, str(ROOT / 'tools/train.py'), str(file), *map(str, arguments)]
-            done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True)
+            done = tool('train.py', file, *arguments, cwd=workspace)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     found, start = tmp_path / f'two/iter_{iterations}.pth', weights(tmp_path / 'two/iter_1.pth')
     for name, tolerance in (('accumulated', 1e-6), ('joint', 0.1)):
@@ -169,10 +167,8 @@ def test_dense_models_train_in_two_processes_as_in_one(workspace, environment, t
         'dist_test.sh', tmp_path / 'two.py', found, 2, '--json', tmp_path / 'two.json', cwd=workspace
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    command = [sys.executable, str(ROOT / 'tools/test.py'), str(tmp_path / 'two.py'), str(found)]
-    assert (
-        subprocess.run([*command, '--json', str(tmp_path / 'one.json')], cwd=workspace, env=environment).returncode == 0
-    )
+    done = tool('test.py', tmp_path / 'two.py', found, '--json', tmp_path / 'one.json', cwd=workspace)
+    assert done.returncode == 0, done.stderr[-4000:]
     one, two = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('one', 'two'))
     assert one == two and one['aAcc'] > 0
 

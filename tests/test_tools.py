@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
@@ -14,16 +13,10 @@ import torch
 from authors import Harmful
 from digits_workspace import CLASSIFIER, DENSE, OPTIONS, ROOT
 from mmengine.config import Config
-from programs import run_in_processes, run_tool
+from programs import run_in_processes, run_tool, tool
 
 ADE20K = ROOT / 'configs/ade20k/upernet_soft-tiny-norm_8xb2-160k_ade20k-512x512.py'
 TEST_OPTIONS = ['test_dataloader.num_workers=0']
-
-
-def tool(name, *arguments, cwd):
-    command = [sys.executable, str(ROOT / 'tools' / name), *map(str, arguments)]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def tool_here(name, *arguments):

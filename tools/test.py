@@ -9,6 +9,7 @@ from soft_mm.export import check_task
 from soft_mm.inference import check_weights, read_whole_model
 from soft_mm.onnx_model import OnnxModel
 from soft_mm.runner import (
+    add_hooks,
     build_runner,
     data_errors,
     load_config,
@@ -58,7 +59,7 @@ def main():
                 show_pictures(cfg, args.show_dir)
             if args.amp:
                 cfg.test_cfg.fp16 = True
-            cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='soft_mm.DataCheckHook')]
+            add_hooks(cfg, 'soft_mm.DataCheckHook')
             runner = build_runner(cfg)
             if not exported:
                 check_weights(runner.model, weights, args.checkpoint)

@@ -6,6 +6,7 @@ from soft_mm.checkpoints.matching import check_normalized
 from soft_mm.inference import read_whole_model
 from soft_mm.models.attention.softmax_free import normalized_options
 from soft_mm.runner import (
+    add_hooks,
     build_runner,
     check_resume,
     data_errors,
@@ -49,8 +50,7 @@ def main():
             if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
                 parser.error(f'--auto-scale-lr: set auto_scale_lr = dict(base_batch_size=...) in {args.config} first')
             cfg.auto_scale_lr.enable = True
-        hooks = ('soft_mm.DataCheckHook', 'soft_mm.MissingGradientHook')
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *(dict(type=hook) for hook in hooks)]
+        add_hooks(cfg, 'soft_mm.DataCheckHook', 'soft_mm.MissingGradientHook')
         protect_checkpoints(cfg)
         with full_disk(cfg.work_dir):
             runner = build_runner(cfg)

@@ -32,7 +32,7 @@ def _iterate(kernel: Tensor, inverse: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
         product = torch.bmm(inverse, kernel)
         if is_tracing():
-            # mmengine counts multiply-adds in a trace, and not those of baddbmm.
+            # mmengine counts the multiply-adds in a trace. It does not know baddbmm.
             inverse = 2 * inverse - torch.bmm(product, inverse)
         else:
             inverse = torch.baddbmm(inverse, product, inverse, beta=2, alpha=-1)
