@@ -6,6 +6,7 @@ from authors import REDUCED_ARCH
 
 from soft_mm import SOFT
 
+_BOUNDED = dict(solver='cholesky', normalized=True, max_landmarks=7)
 ATTENTIONS = {
     'newton': {},
     'newton exact': dict(newton_backward='exact'),
@@ -13,7 +14,9 @@ ATTENTIONS = {
     'newton normalized': dict(normalized=True),
     'newton normalized bounded': dict(normalized=True, max_landmarks=7),
     'cholesky': dict(solver='cholesky', max_landmarks=7),
-    'cholesky normalized': dict(solver='cholesky', normalized=True, max_landmarks=7),
+    'cholesky normalized': _BOUNDED,
+    'newton in four stages': [{}, {}, {}, dict(type='SoftmaxFreeAttention', max_landmarks=3)],
+    'cholesky in four stages': [dict(_BOUNDED, type='SoftmaxFreeAttention')] * 4,
     'svd': dict(solver='svd'),
     'mean': dict(sampler='mean', max_landmarks=7),
     **{
@@ -22,7 +25,7 @@ ATTENTIONS = {
     },
 }
 # The others can be exported for one image size only.
-EVERY_SIZE = [name for name in ATTENTIONS if name.startswith(('newton', 'cholesky'))]
+EVERY_SIZE = [name for name in ATTENTIONS if name.startswith(('newton', 'cholesky', 'Softmax'))]
 SIZE = (96, 128)
 
 

@@ -37,6 +37,9 @@ def names():
     yield 'coco/deformable-detr_soft-tiny-norm_16xb2-50e_coco'
     yield 'cityscapes/mask2former_soft-tiny-norm_8xb2-90k_cityscapes-512x1024'
     yield 'cityscapes/upernet_soft-small-norm_8xb1-80k_cityscapes-1024x2048'
+    yield 'imagenet/soft-tiny-linear_8xb128_in1k'
+    yield 'coco/mask-rcnn_soft-tiny-linear_fpn_1x_coco'
+    yield 'cityscapes/upernet_soft-tiny-linear_8xb1-80k_cityscapes-1024x2048'
 
 
 @functools.cache
@@ -59,13 +62,19 @@ def test_names():
 def test_config_builds_the_published_model(config):
     cfg, model = Config.fromfile(config), empty_model(config)
     head, _, rest = config.stem.rpartition('soft-')
-    arch, norm = rest.split('_')[0].removesuffix('-norm'), '-norm' in rest
+    arch, _, form = rest.split('_')[0].partition('-')
     assert model.backbone.arch == parse_arch(arch)
-    attention = cfg.model.backbone.attention
-    assert attention.normalized == norm
-    if head:
+    given = cfg.model.backbone.attention
+    attentions = [*given] if isinstance(given, list) else [given]
+    assert len(attentions) == (4 if form == 'linear' else 1)
+    assert all(attention.normalized == (form != '') for attention in attentions)
+    # At 224x224 pixels, stages 1 to 3 have 49 landmarks without a bound.
+    for attention in attentions if head else attentions[3:]:
         assert attention.max_landmarks == 49 and attention.solver == 'cholesky'
-        assert cfg.model.backbone.init_cfg.checkpoint == f'checkpoints/soft-{arch}-norm_in1k.pth'
+    if head:
+        init_cfg = cfg.model.backbone.init_cfg
+        assert init_cfg.checkpoint == f'checkpoints/soft-{arch}-norm_in1k.pth'
+        assert init_cfg.get('fresh_attention', False) == (form == 'linear')
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     published = PUBLISHED.get(head.strip('_') or 'soft', {}).get(arch)
     assert published in (None, int(millions), round(millions)), millions

@@ -91,6 +91,11 @@ class StateDictDiff:
     misshapen: list[str]
     resized: list[str]
 
+    @property
+    def fits(self) -> bool:
+        """bool: Whether there are no differences but resized position embeddings."""
+        return not (self.missing or self.unexpected or self.misshapen)
+
     def __str__(self) -> str:
         return (
             f'{len(self.missing)} missing {self.missing[:4]}, {len(self.unexpected)} unexpected {self.unexpected[:4]}, '
@@ -175,11 +180,13 @@ class BackboneFit:
     Attributes:
         weights: State dict with the keys of the backbone.
         resized: Keys of position embeddings that must be resized.
+        fresh: Names of the attentions that do not fit the checkpoint and keep their initial values.
         report: One line for the log: which keys of the checkpoint are loaded, resized or unused.
     """
 
     weights: dict[str, Tensor]
     resized: list[str]
+    fresh: list[str]
     report: str
 
 
@@ -218,8 +225,32 @@ def adapt_channels(
     return {**state_dict, key: new}, f'; {key} changed from {given} to {channels} channels by the rule {rule!r}'
 
 
+def _misfit_attentions(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[list[str], set[str]]:
+    """Return the names of the expected attentions that do not fit what was found, and the keys that belong to them.
+
+    The keys are those of the attentions on both sides, and those of a class token that only one side has.
+    """
+    attentions: dict[str, list[dict[str, torch.Size]]] = {}
+    for side, state_dict in enumerate((expected, found)):
+        for key, value in state_dict.items():
+            if match := re.match(r'(stages\.\d+\.blocks\.\d+\.attn)\.', key):
+                attentions.setdefault(match[1], [{}, {}])[side][key] = value.shape
+    misfits = {name: {*needed, *given} for name, (needed, given) in attentions.items() if needed and needed != given}
+    stages = {name.partition('.blocks.')[0] for name in misfits}
+    tokens = {f'{stage}.{name}' for stage in stages for name in ('cls_token', 'cls_pos_embed')}
+    return list(misfits), {
+        *(tokens & (found.keys() ^ expected.keys())),
+        *(key for keys in misfits.values() for key in keys),
+    }
+
+
 def match_backbone(
-    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str, path: str, normalized: bool
+    state_dict: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    prefix: str,
+    path: str,
+    normalized: bool,
+    fresh_attention: bool = False,
 ) -> BackboneFit:
     """Find the weights of a backbone in a checkpoint.
 
@@ -229,6 +260,8 @@ def match_backbone(
         prefix (str): Prefix of the backbone's keys in the checkpoint, such as ``'backbone.'``.
         path (str): File of the checkpoint, for messages.
         normalized (bool): Whether the backbone has normalised attention, for messages.
+        fresh_attention (bool): Whether attentions that do not fit the checkpoint keep their initial values. The class
+            token belongs to the attention of its stage. Defaults to False.
 
     Returns:
         BackboneFit: The weights, and what was found.
@@ -246,19 +279,36 @@ def match_backbone(
     stages = {key.split('.')[1] for key in expected if key.startswith('stages.')}
     unused = [key for key in found if key.startswith('stages.') and key.split('.')[1] not in stages]
     used = {key: value for key, value in found.items() if key not in unused}
-    diff = compare_state_dicts(used, expected)
-    if diff.missing or diff.unexpected or diff.misshapen:
+    fresh, fresh_keys = _misfit_attentions(used, expected)
+    without_fresh = tuple(
+        {key: value for key, value in state_dict.items() if key not in fresh_keys} for state_dict in (used, expected)
+    )
+    diff = compare_state_dicts(*(without_fresh if fresh_attention else (used, expected)))
+    if not diff.fits:
         hint = ''
         if len(diff.missing) == len(expected):
             prefixes = sorted({key.split('.')[0] for key in state_dict})
             hint = f'. The checkpoint has keys under {prefixes}: set `prefix` in init_cfg'
         elif any('stages.0.patch_embed.0.weight' in text for text in diff.misshapen):
             hint = ". For images with another number of channels, set new_channels='mean' or 'zero' in init_cfg"
+        elif fresh and compare_state_dicts(*without_fresh).fits:
+            hint = (
+                f'. Only attentions do not fit: {", ".join(fresh)}. To train them from their initial values, set '
+                'fresh_attention=True in init_cfg'
+            )
         raise ValueError(
             f'the checkpoint {path} ({describe_backbone(found)}) does not fit this SOFT backbone '
             f'({describe_backbone(expected)}), prefix {prefix!r}: {diff}{hint}'
         )
-    report = [f'SOFT: all {len(expected)} backbone keys loaded from {path}']
+    loaded = {key: used[key] for key in expected if not (fresh_attention and key in fresh_keys)}
+    count = 'all' if len(loaded) == len(expected) else f'{len(loaded)} of'
+    report = [f'SOFT: {count} {len(expected)} backbone keys loaded from {path}']
+    if not fresh_attention:
+        fresh = []
+    if fresh:
+        tokens = sorted(key for key in fresh_keys & expected.keys() if '.cls_' in key)
+        report.append(f'initial values kept: {", ".join([*fresh, *tokens])}')
+        report.append(f'left out: {len(fresh_keys & used.keys())} keys of the attentions in the checkpoint')
     if diff.resized:
         grids = (f'{k} from {tuple(used[k].shape[-2:])} to {tuple(expected[k].shape[-2:])}' for k in diff.resized)
         report.append(f'resized: {", ".join(grids)}')
@@ -266,7 +316,7 @@ def match_backbone(
         report.append(f'unused: {len(unused)} keys of stages that out_indices does not need')
     if others := sorted({key.split('.')[0] for key in state_dict if not key.startswith(prefix)}):
         report.append(f'not of the backbone: keys under {others}')
-    return BackboneFit({key: used[key] for key in expected}, diff.resized, '; '.join(report))
+    return BackboneFit(loaded, diff.resized, fresh, '; '.join(report))
 
 
 def describe_backbone(state_dict: Mapping[str, Tensor]) -> str:

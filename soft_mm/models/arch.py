@@ -8,11 +8,13 @@ from soft_mm.ops.checks import check_choice, check_integer, is_integer
 NUM_STAGES = 4
 MIN_SIDE = 32
 OUT_TYPES = ('featmap', 'cls_token')
-# Number of entries per key of an arch dict. Stage 4 has no local branch, so it has no filters.
-_LENGTHS = dict(embed_dims=4, num_heads=4, depths=4, ratios=4, conv_sizes=3)
+_KEYS = ('embed_dims', 'num_heads', 'depths', 'ratios', 'conv_sizes')
 _REQUIRED = ('embed_dims', 'num_heads', 'depths')
+# Filter size of stage 4 if the arch gives three. The authors' stage 4 has no local branch.
+_LAST_CONV_SIZE = 3
 
-#: The architectures of the papers. All have the ratios (8, 4, 2, 1) and the filter sizes (9, 5, 3).
+#: The architectures of the papers. All have the ratios (8, 4, 2, 1) and the filter sizes (9, 5, 3, 3), of
+#: which stage 4 uses none with its default attention.
 ARCH_ZOO: dict[str, dict[str, tuple[int, ...]]] = dict(
     tiny=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 2, 3, 2)),
     small=dict(embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 3, 7, 4)),
@@ -43,53 +45,56 @@ def parse_arch(arch: str | dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if not isinstance(arch, dict):
         raise ValueError(f'arch={arch!r}: expected one of {list(ARCH_ZOO)} or a dict')
     missing = [key for key in _REQUIRED if key not in arch]
-    unknown = [key for key in arch if key not in _LENGTHS]
+    unknown = [key for key in arch if key not in _KEYS]
     if missing or unknown:
         raise ValueError(
             f'arch dict: missing keys {missing}, unknown keys {unknown}; expected {list(_REQUIRED)} and optionally '
             "['ratios', 'conv_sizes']"
         )
     arch = dict(dict(ratios=(8, 4, 2, 1), conv_sizes=(9, 5, 3)), **arch)
-    for key, length in _LENGTHS.items():
+    for key in _KEYS:
         values = arch[key]
-        if not isinstance(values, (list, tuple)) or len(values) != length:
-            raise ValueError(f'arch dict: {key}={values!r}: expected {length} integers')
+        lengths = (NUM_STAGES - 1, NUM_STAGES) if key == 'conv_sizes' else (NUM_STAGES,)
+        if not isinstance(values, (list, tuple)) or len(values) not in lengths:
+            raise ValueError(f'arch dict: {key}={values!r}: expected {" or ".join(map(str, lengths))} integers')
         for value in values:
             check_integer(f'arch dict: {key}', value)
         arch[key] = tuple(values)
+    if len(arch['conv_sizes']) < NUM_STAGES:
+        arch['conv_sizes'] += (_LAST_CONV_SIZE,)
     for dims, heads in zip(arch['embed_dims'], arch['num_heads']):
         if dims % heads:
             raise ValueError(
                 f'arch dict: embed_dims={arch["embed_dims"]}, num_heads={arch["num_heads"]}: expected each width to be '
                 f'a multiple of its number of heads, but {dims} is no multiple of {heads}'
             )
-    if arch['ratios'][-1] != 1:
-        raise ValueError(
-            f'arch dict: ratios={arch["ratios"]}: expected 1 as the last entry, because stage 4 has no landmarks'
-        )
     if any(size % 2 == 0 for size in arch['conv_sizes']):
         raise ValueError(f'arch dict: conv_sizes={arch["conv_sizes"]}: expected odd integers')
     return arch
 
 
 def parse_attention(attention: dict[str, Any] | Sequence[dict[str, Any]] | None) -> Sequence[dict[str, Any]]:
-    """Return the attention configs of stages 1 to 3.
+    """Return the attention configs of the four stages.
 
     Args:
-        attention (dict | list[dict] | None): One config for all three stages, or a list of three. None is an empty
-            config.
+        attention (dict | list[dict] | None): One config for stages 1 to 3, or a list of three or four configs. None is
+            an empty config. The default type of stage 4 is ``'SoftmaxAttention'``.
 
     Returns:
-        Sequence[dict]: Three configs.
+        Sequence[dict]: Four configs.
 
     Raises:
         ValueError: If ``attention`` has another form, or sets ``grid_dims`` to another value than 2.
     """
     cfgs: Any = {} if attention is None else attention
-    if not isinstance(cfgs, (list, tuple)):
-        cfgs = [cfgs] * (NUM_STAGES - 1)
-    if len(cfgs) != NUM_STAGES - 1 or not all(isinstance(cfg, dict) for cfg in cfgs):
-        raise ValueError(f'attention={attention!r}: expected None, a dict, or a list of three dicts for stages 1 to 3')
+    cfgs = list(cfgs) if isinstance(cfgs, (list, tuple)) else [cfgs] * (NUM_STAGES - 1)
+    if len(cfgs) not in (NUM_STAGES - 1, NUM_STAGES) or not all(isinstance(cfg, dict) for cfg in cfgs):
+        raise ValueError(
+            f'attention={attention!r}: expected None, a dict for stages 1 to 3, a list of three dicts for stages 1 to '
+            '3, or a list of four dicts'
+        )
+    last = cfgs.pop() if len(cfgs) == NUM_STAGES else {}
+    cfgs.append(dict(dict(type='SoftmaxAttention'), **last))
     if not all(is_integer(dims) and dims == 2 for dims in (cfg.get('grid_dims', 2) for cfg in cfgs)):
         raise ValueError(f'attention={attention!r}: expected grid_dims=2, because images have two sides; leave it out')
     if any(cfg.get('init_cfg') is not None for cfg in cfgs):

@@ -137,49 +137,43 @@ class SoftmaxFreeBlock(BaseModule):
         return self.norm2(x + self.drop_path(self.mlp(x)))
 
 
-class MultiheadAttention(BaseModule):
-    """Softmax attention of stage 4 with PyTorch's fused kernel. With the class token, the tokens form no grid.
-
-    Args:
-        embed_dims (int): Channels ``C``.
-        num_heads (int): Number of heads, a divisor of ``embed_dims``.
-        drop_rate (float): Dropout rate of the output. Defaults to 0.
-    """
-
-    def __init__(self, embed_dims: int, num_heads: int, drop_rate: float = 0.0) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        self.drop = nn.Dropout(drop_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention to tokens ``(B, n, C)``."""
-        B, n, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, n, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        out = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.drop(self.proj(out.transpose(1, 2).reshape(B, n, C)))
-
-
-class SoftmaxBlock(BaseModule):
-    """Pre-norm block of stage 4 with softmax attention: ``x = x + attn(LN(x)); x = x + MLP(LN(x))``.
+class PreNormBlock(BaseModule):
+    """Pre-norm block of stage 4: ``x = x + attn(LN(x)); x = x + MLP(LN(x))``.
 
     Args:
         embed_dims (int): Channels ``C``.
         num_heads (int): Number of heads.
-        drop_rate (float): Dropout rate of the output projection and the MLP. Defaults to 0.
+        ratio (int): Side of the patch of tokens that becomes one landmark.
+        conv_size (int): Side of the filters of the local branch.
+        attention (dict): Config of the attention, see :func:`~soft_mm.models.attention.build_attention`.
+        drop_rate (float): Dropout rate of the attention's output and of the MLP. Defaults to 0.
         drop_path (float): Rate of stochastic depth in both branches. Defaults to 0.
+        grid (tuple[int, ...] | None): See :class:`SoftmaxFreeBlock`. Defaults to None.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, drop_rate: float = 0.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        attention: dict[str, Any],
+        drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        grid: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = MultiheadAttention(embed_dims, num_heads, drop_rate)
+        self.attn = build_attention(attention, embed_dims, num_heads, ratio, conv_size, grid)
+        self.attn_drop = nn.Dropout(drop_rate)
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.mlp = MLP(embed_dims, approximate='none', drop_rate=drop_rate)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Apply the block to tokens ``(B, 1 + H * W, C)``, class token first. ``grid`` is ignored."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        """Apply the block to tokens ``(B, H * W, C)`` on ``grid = (H, W)``.
+
+        With a class token, the tokens ``(B, 1 + H * W, C)`` form one row: ``grid = (1, 1 + H * W)``.
+        """
+        x = x + self.drop_path(self.attn_drop(self.attn(self.norm1(x), grid)))
         return x + self.drop_path(self.mlp(self.norm2(x)))

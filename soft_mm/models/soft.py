@@ -7,6 +7,7 @@
       |  stage 2   one 3x3 convolution, stride 2           positions   softmax-free blocks                     stride 8
       |  stage 3   one 3x3 convolution, stride 2           positions   softmax-free blocks                     stride 16
       v  stage 4   one 3x3 convolution, stride 2           positions   class token, softmax blocks, LayerNorm  stride 32
+                   (or another attention; no class token if it needs a grid)
 """
 
 import inspect
@@ -48,7 +49,7 @@ from .arch import (
     parse_outputs,
 )
 from .attention.softmax_free import normalized_options
-from .blocks import SoftmaxBlock, SoftmaxFreeBlock, reset_parameters
+from .blocks import PreNormBlock, SoftmaxFreeBlock, reset_parameters
 
 STEM_DIMS = 32
 _AUTOCAST_TAKES_DEVICE = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)
@@ -128,7 +129,8 @@ class SOFTStage(BaseModule):
         grid (tuple[int, int]): Grid of the learned position embeddings.
         blocks (list[nn.Module]): Blocks, called as ``block(tokens, grid)``.
         stem (bool): Whether this is stage 1.
-        class_token (bool): Whether the stage has a class token and a final LayerNorm, as stage 4 has.
+        class_token (bool): Whether a class token is put before the tokens.
+        final_norm (bool): Whether the stage ends with a LayerNorm, as stage 4 does.
         drop_rate (float): Dropout rate after the position embeddings.
         with_cp (bool): Whether to recompute the blocks in the backward pass.
     """
@@ -141,6 +143,7 @@ class SOFTStage(BaseModule):
         blocks: Sequence[nn.Module],
         stem: bool,
         class_token: bool,
+        final_norm: bool,
         drop_rate: float,
         with_cp: bool,
     ) -> None:
@@ -154,7 +157,7 @@ class SOFTStage(BaseModule):
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims))
             self.cls_pos_embed = nn.Parameter(torch.zeros(1, 1, embed_dims))
-            self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dims, eps=1e-6) if final_norm else nn.Identity()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Resize the position embeddings of a checkpoint with another grid."""
@@ -172,8 +175,9 @@ class SOFTStage(BaseModule):
             x (Tensor): Map ``(B, C_in, H, W)``.
 
         Returns:
-            tuple[Tensor, tuple[int, int]]: Tokens after the last block, and their grid ``(H', W')``. The tokens are
-            ``(B, H' * W', C)``, or with a class token, which comes first, ``(B, 1 + H' * W', C)`` after the LayerNorm.
+            tuple[Tensor, tuple[int, int]]: Tokens after the last block and the final LayerNorm if there is one, and
+            their grid ``(H', W')``. The tokens are ``(B, H' * W', C)``, or with a class token, which comes first,
+            ``(B, 1 + H' * W', C)``.
 
         Raises:
             ValueError: If the input and the weights have different devices or, outside autocast, different dtypes.
@@ -203,12 +207,14 @@ class SOFTStage(BaseModule):
         if self.class_token:
             x = torch.cat([(self.cls_token + self.cls_pos_embed).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x)
+        # With the class token, the tokens are no cells of a map.
+        block_grid = (1, 1 + grid[0] * grid[1]) if self.class_token else grid
         for block in self.blocks:
             if self.with_cp and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, use_reentrant=False)
+                x = checkpoint(block, x, block_grid, use_reentrant=False)
             else:
-                x = block(x, grid)
-        return (self.norm(x) if self.class_token else x), grid
+                x = block(x, block_grid)
+        return self.norm(x), grid
 
 
 @MMENGINE_MODELS.register_module()
@@ -223,15 +229,18 @@ class SOFT(BaseModule):
         arch (str | dict): ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, ``'huge'``, or a dict. A dict needs
             ``embed_dims``, ``num_heads`` and ``depths`` with four integers each. It may have ``ratios``, four
             integers: the side of the patch of tokens that becomes one landmark (default ``(8, 4, 2, 1)``; the last must
-            be 1, because stage 4 has no landmarks). It may have ``conv_sizes``, three odd integers: the side of the
-            filters of the local branch (default ``(9, 5, 3)``). Defaults to ``'tiny'``.
-        attention (dict | list[dict] | None): Attention of stages 1 to 3: one dict for all, or a list of three. Missing
-            keys take their defaults, see :class:`SoftmaxFreeAttention`. Defaults to None:
-            ``dict(type='SoftmaxFreeAttention')``.
+            be 1 if the attention of stage 4 has no landmarks). It may have ``conv_sizes``, three or four odd integers:
+            the side of the filters of the local branch (default ``(9, 5, 3, 3)``). Defaults to ``'tiny'``.
+        attention (dict | list[dict] | None): Attention: one dict for stages 1 to 3, or a list of three or four dicts.
+            Missing keys take the defaults of the type, see :class:`SoftmaxFreeAttention`. The default type is
+            ``'SoftmaxFreeAttention'``, in stage 4 ``'SoftmaxAttention'``, as in the papers. Defaults to None: the
+            default types.
         out_indices (int | Sequence[int]): Indices of the stages whose outputs are returned: 0 for stage 1, 3 for
             stage 4. Stages after the last one are not built. Defaults to ``(0, 1, 2, 3)``.
         out_type (str): ``'featmap'``: all outputs are maps. ``'cls_token'``: the last output is the class token, which
-            needs the index 3 in ``out_indices``. Defaults to ``'featmap'``.
+            needs the index 3 in ``out_indices``, and in stage 4 an attention that takes a class token:
+            ``'SoftmaxAttention'`` or ``'PerformerAttention'``. With another attention, stage 4 has no class token, and
+            a classifier uses ``'featmap'`` with mmpretrain's ``GlobalAveragePooling``. Defaults to ``'featmap'``.
         in_channels (int): Channels of the image. Defaults to 3.
         img_size (int | tuple[int, int]): Image size in pixels, or (height, width), for which position embeddings are
             learned. The forward pass resizes them for images of another size. Loading a checkpoint resizes its position
@@ -248,7 +257,8 @@ class SOFT(BaseModule):
         init_cfg (dict | list[dict] | None): See mmengine's ``BaseModule``. With ``type='Pretrained'``, the checkpoint
             must have every parameter in the expected shape, except for the grid of the position embeddings. For images
             of other channels than in the checkpoint, it takes the key ``new_channels``, see
-            :func:`soft_mm.checkpoints.matching.adapt_channels`. Defaults to None: the authors' initialisation.
+            :func:`soft_mm.checkpoints.matching.adapt_channels`. With ``fresh_attention=True``, attentions that do not
+            fit the checkpoint keep their initial values. Defaults to None: the authors' initialisation.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -306,23 +316,40 @@ class SOFT(BaseModule):
         self.stages = nn.ModuleList()
         for i in range(num_stages):
             grid = tuple(-(-side // 2 ** (i + 2)) for side in self.img_size)
-            if i < NUM_STAGES - 1:
-                local: dict[str, Any] = dict(
-                    ratio=self.arch['ratios'][i],
-                    conv_size=self.arch['conv_sizes'][i],
-                    attention=attentions[i],
-                    grid=grid,
-                )
-                blocks = [
-                    SoftmaxFreeBlock(dims[i], heads[i], drop_path=next(drop_paths), **local) for _ in range(depths[i])
-                ]
-            else:
-                blocks = [SoftmaxBlock(dims[i], heads[i], drop_rate, next(drop_paths)) for _ in range(depths[i])]
-            channels = in_channels if i == 0 else dims[i - 1]
             last = i == NUM_STAGES - 1
-            self.stages.append(SOFTStage(channels, dims[i], grid, blocks, i == 0, last, drop_rate, with_cp))
+            options: dict[str, Any] = dict(
+                ratio=self.arch['ratios'][i], conv_size=self.arch['conv_sizes'][i], attention=attentions[i], grid=grid
+            )
+            if last:
+                options['drop_rate'] = drop_rate
+            block_type: Any = PreNormBlock if last else SoftmaxFreeBlock
+            blocks = [block_type(dims[i], heads[i], drop_path=next(drop_paths), **options) for _ in range(depths[i])]
+            class_token = last and self._takes_class_token(blocks[0].attn)
+            channels = in_channels if i == 0 else dims[i - 1]
+            self.stages.append(
+                SOFTStage(channels, dims[i], grid, blocks, i == 0, class_token, last, drop_rate, with_cp)
+            )
         reset_parameters(self)
         self._freeze_stages()
+
+    def _takes_class_token(self, attention: nn.Module) -> bool:
+        """Return whether stage 4 has a class token, and check the options that depend on its attention."""
+        name = type(attention).__name__
+        # An attention of other code may need a grid.
+        if getattr(attention, 'needs_grid', True):
+            if self.out_type == 'cls_token':
+                raise ValueError(
+                    f"out_type='cls_token': {name} in stage 4 needs a grid, so it takes no class token; set "
+                    "out_type='featmap', with neck=dict(type='GlobalAveragePooling') in a classifier of mmpretrain, or "
+                    "choose 'SoftmaxAttention' for stage 4"
+                )
+            return False
+        if self.arch['ratios'][-1] != 1:
+            raise ValueError(
+                f'arch dict: ratios={self.arch["ratios"]}: expected 1 as the last entry, because {name} in stage 4 has '
+                'no landmarks'
+            )
+        return True
 
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, or call mmengine's initialisation if there is none.
@@ -358,6 +385,7 @@ class SOFT(BaseModule):
             raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected the key checkpoint with a file or an address')
         if not isinstance(prefix, str):
             raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected a string as prefix')
+        check_bool('fresh_attention in init_cfg', fresh := pretrained[-1].get('fresh_attention', False))
         normalized = normalized_options(self)
         if not is_address(path) and not os.path.isfile(os.path.expanduser(path)):
             raise FileNotFoundError(
@@ -368,13 +396,13 @@ class SOFT(BaseModule):
         state_dict, adapted = adapt_channels(
             find_state_dict(content, path), prefix, self.in_channels, pretrained[-1].get('new_channels')
         )
-        fit = match_backbone(state_dict, target, prefix, path, any(normalized))
-        check_normalized(content, normalized, path)
+        fit = match_backbone(state_dict, target, prefix, path, any(normalized), fresh)
+        check_normalized(content, normalized_options(self, fit.fresh), path)
         weights = {
             key: resize_pos_embed(value, target[key].shape[-2:]) if key in fit.resized else value
             for key, value in fit.weights.items()
         }
-        self.load_state_dict(weights)
+        self.load_state_dict({**target, **weights})
         print_log(fit.report + adapted, 'current', logging.INFO)
         self._is_init = True
 
@@ -443,7 +471,7 @@ class SOFT(BaseModule):
 
         Returns:
             tuple[Tensor, ...]: One output per stage of ``out_indices``: a map ``(B, C, ceil(H / s), ceil(W / s))`` with
-            stride ``s`` = 4, 8, 16 or 32. The map of stage 4 is taken after the final LayerNorm, without the class
+            stride ``s`` = 4, 8, 16 or 32. The map of stage 4 is taken after the final LayerNorm, without a class
             token. With ``out_type='cls_token'``, the last output is the class token ``(B, C4)`` after that LayerNorm.
 
         Raises:

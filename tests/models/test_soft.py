@@ -235,7 +235,7 @@ def test_drop_rate_reaches_positions_and_stage_4():
     rates = {name: m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
     assert {name for name, p in rates.items() if p == 0.3} == {
         *(f'stages.{i}.pos_drop' for i in range(4)),
-        *(f'stages.3.blocks.0.{part}' for part in ('attn.drop', 'mlp.drop1', 'mlp.drop2')),
+        *(f'stages.3.blocks.0.{part}' for part in ('attn_drop', 'mlp.drop1', 'mlp.drop2')),
     }
 
 
@@ -402,7 +402,7 @@ BAD_OPTIONS = [
     (dict(attention=dict(max_landmarks=0)), ValueError, 'max_landmarks=0: expected None or an integer >= 1'),
     (dict(attention=dict(normalized='yes')), ValueError, "normalized='yes': expected"),
     (dict(attention=dict(grid_dims=1)), ValueError, 'expected grid_dims=2'),
-    (dict(attention=[{}, {}]), ValueError, 'or a list of three dicts'),
+    (dict(attention=[{}, {}]), ValueError, 'a list of three dicts for stages 1 to 3, or a list of four dicts'),
     (dict(attention='SoftmaxFreeAttention'), ValueError, 'expected None, a dict'),
     (dict(out_type='avg'), ValueError, "out_type='avg' is unknown; choose one of \\('featmap', 'cls_token'\\)"),
     (dict(out_type='cls_token', out_indices=(0, 1)), ValueError, 'needs index 3'),

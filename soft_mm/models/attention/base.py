@@ -83,7 +83,8 @@ class BaseAttention(BaseModule):
 
     A subclass defines :meth:`project`, :meth:`attend` and the output projection ``proj``, a linear layer. It may set
     ``local`` to a :class:`LocalBranch`. The benchmarks also call :meth:`project` and :meth:`attend` directly, and the
-    attention maps call :meth:`rows`. It overrides ``exports_any_size`` if it can be exported with variable sides.
+    attention maps call :meth:`rows`. It overrides ``exports_any_size`` if it can be exported with variable sides, and
+    ``needs_grid`` if the tokens need not be the cells of a grid. Such an attention can take the class token of stage 4.
 
     Args:
         embed_dims (int): Channels ``C`` of the tokens.
@@ -98,6 +99,7 @@ class BaseAttention(BaseModule):
     """
 
     exports_any_size = False
+    needs_grid = True
 
     def __init__(
         self, embed_dims: int, num_heads: int, ratio: int, conv_size: int, grid_dims: int, init_cfg: InitCfg

@@ -58,6 +58,9 @@ class SoftmaxAttention(_QKVAttention):
         init_cfg (dict | None): See mmengine's ``BaseModule``. Defaults to None.
     """
 
+    exports_any_size = True
+    needs_grid = False
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -132,6 +135,7 @@ class PerformerAttention(_QKVAttention):
         ValueError: If an option is out of its range.
     """
 
+    needs_grid = False
     features: Tensor
 
     def __init__(

@@ -1,4 +1,6 @@
-"""Softmax-free attention, the attention of stages 1 to 3."""
+"""Softmax-free attention, by default the attention of stages 1 to 3."""
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -213,13 +215,15 @@ class SoftmaxFreeAttention(SharedQKAttention):
         return ', '.join(f'{name}={getattr(self, name)!r}' for name in (*names, 'sampler', 'seed', 'grid_dims'))
 
 
-def normalized_options(module: nn.Module) -> list[bool]:
+def normalized_options(module: nn.Module, skip: Collection[str] = ()) -> list[bool]:
     """Return the option ``normalized`` of each softmax-free attention in a module.
 
     Args:
         module (nn.Module): Backbone or whole model.
+        skip (Collection[str]): Names of attentions to leave out. Defaults to ().
 
     Returns:
         list[bool]: One value per attention, empty if there is none.
     """
-    return [part.normalized for part in module.modules() if isinstance(part, SoftmaxFreeAttention)]
+    attentions = ((name, part) for name, part in module.named_modules() if isinstance(part, SoftmaxFreeAttention))
+    return [part.normalized for name, part in attentions if name not in skip]
