@@ -25,7 +25,7 @@ from .option_checks import (
     number_option,
     size_option,
 )
-from .rendering import MIN_DIGIT, Canvas, render_digit
+from .rendering import MAX_CONTRAST, MIN_CONTRAST, MIN_DIGIT, Canvas, render_digit
 from .sources import SPLITS, load_photographs, load_scans
 
 _KINDS = ('scene', 'crop')
@@ -38,7 +38,7 @@ class _Generator:
 
     kind: str
 
-    def __init__(self, split, seed, size, max_angle, background, recolour, length):
+    def __init__(self, split, seed, size, max_angle, background, recolour, min_contrast, length):
         check_choice('split', split, SPLITS)
         self.split = split
         self.seed = integer_option('seed', seed, 0)
@@ -47,6 +47,7 @@ class _Generator:
         self.length = None if length is None else integer_option('length', length, 1)
         self.background = background_option(background, self.length)
         self.recolour = number_option('recolour', recolour, 0, 1)
+        self.min_contrast = number_option('min_contrast', min_contrast, 0, MAX_CONTRAST)
 
     @property
     def options(self):
@@ -135,6 +136,10 @@ class SceneGenerator(_Generator):
             does not shuffle.
         recolour (float): Strength, from 0 to 1, of random mixing and shifting of a photograph's channels. It prevents a
             model from learning the colours of the few photographs. 0 keeps the colours.
+        min_contrast (float): Smallest difference between the luma of a digit and the mean luma below it, from 0 to 127
+            grey levels. Defaults to 60.
+        gap (int, optional): Smallest distance between the boxes of two digits in pixels. By default digits may overlap,
+            but at least three fifths of each stay visible.
         length (int, optional): Number of samples. By default unlimited.
 
     Raises:
@@ -154,22 +159,25 @@ class SceneGenerator(_Generator):
         max_angle=30.0,
         background=1.0,
         recolour=0.0,
+        min_contrast=MIN_CONTRAST,
+        gap=None,
         length=None,
     ):
-        super().__init__(split, seed, size, max_angle, background, recolour, length)
+        super().__init__(split, seed, size, max_angle, background, recolour, min_contrast, length)
+        self.gap = None if gap is None else integer_option('gap', gap, 0)
         self.num_digits = integer_range('num_digits', num_digits, 1, 100)
         shorter = min(self.size)
         if digit_size is None:
             largest = max(MIN_DIGIT, min(100, int(0.4 * shorter)))
             digit_size = (max(MIN_DIGIT, min(20, largest // 2)), largest)
         self.digit_size = integer_range('digit_size', digit_size, MIN_DIGIT, shorter)
-        needed = self.num_digits[0] * self.digit_size[0] ** 2
+        needed = self.num_digits[0] * (self.digit_size[0] + (self.gap or 0)) ** 2
         available = self.size[0] * self.size[1] // 2
         if self.num_digits[0] > 1 and needed > available:  # a single digit always finds room
             raise ValueError(
-                f'{self.num_digits[0]} digits with a side of {self.digit_size[0]} pixels need {needed} pixels: '
-                f'expected at most {available}, half of a scene of size {self.size}; reduce num_digits or digit_size, '
-                'or increase size'
+                f'{self.num_digits[0]} digits with a side of {self.digit_size[0]} pixels and gap={self.gap} need '
+                f'{needed} pixels: expected at most {available}, half of a scene of size {self.size}; reduce '
+                'num_digits, digit_size or gap, or increase size'
             )
 
     def generate(self, index):
@@ -191,14 +199,14 @@ class SceneGenerator(_Generator):
         minimum, maximum = self.num_digits
         count = rng.integers(minimum, maximum + 1)
         for _ in range(_RESTARTS):
-            canvas = Canvas(background.copy())
+            canvas = Canvas(background.copy(), self.min_contrast, self.gap)
             while len(canvas.labels) < count and self._place_digit(canvas, rng):
                 pass
             if len(canvas.labels) >= minimum:
                 return canvas.to_scene()
         raise RuntimeError(
-            f'no room for {minimum} digits of {self.digit_size} pixels in a scene of size {self.size}; reduce '
-            'num_digits or digit_size, or increase size'
+            f'no room for {minimum} digits of {self.digit_size} pixels with gap={self.gap} in a scene of size '
+            f'{self.size}; reduce num_digits, digit_size or gap, or increase size'
         )
 
     def _place_digit(self, canvas, rng):
@@ -227,6 +235,7 @@ class CropGenerator(_Generator):
         max_angle (float): Largest rotation of the digit in degrees, in both directions.
         background (float | tuple[float, float]): See :class:`SceneGenerator`.
         recolour (float): See :class:`SceneGenerator`.
+        min_contrast (float): See :class:`SceneGenerator`.
         length (int, optional): Number of samples. By default unlimited.
 
     Raises:
@@ -245,9 +254,10 @@ class CropGenerator(_Generator):
         max_angle=30.0,
         background=1.0,
         recolour=0.0,
+        min_contrast=MIN_CONTRAST,
         length=None,
     ):
-        super().__init__(split, seed, size, max_angle, background, recolour, length)
+        super().__init__(split, seed, size, max_angle, background, recolour, min_contrast, length)
         shorter = min(self.size)
         self.digit_size = smallest, largest = fraction_range('digit_size', digit_size)
         self._sides = math.ceil(smallest * shorter), math.floor(largest * shorter)
@@ -287,7 +297,7 @@ class CropGenerator(_Generator):
         """
         index = self._check_index(index)
         rng = self._rng(index)
-        canvas = Canvas(self._draw_background(rng, index))
+        canvas = Canvas(self._draw_background(rng, index), self.min_contrast)
         scan, label, angle, threshold = self._draw_digit(rng)
         alpha, box = render_digit(scan, angle, threshold, int(rng.integers(self._sides[0], self._sides[1] + 1)))
         canvas.add(rng, label, alpha, box, self._draw_position(rng, box))

@@ -8,9 +8,11 @@ import numpy as np
 
 MIN_DIGIT = 8  # side in pixels; a digit smaller than its 8x8 scan cannot be recognised
 MIN_VISIBLE = 0.6  # smallest fraction of a digit that must stay visible under later digits
-MIN_CONTRAST = 60.0  # smallest difference between the luma of a digit and the mean luma below it, in grey levels
+MIN_CONTRAST = 60.0  # default contrast of a digit with the picture below it, in grey levels
+MAX_CONTRAST = 127.0  # black or white always has at least this contrast
 
 _OVERSAMPLE = 8
+_ENOUGH_CONTRAST = 110.0  # contrast above which a picture that varies strongly needs no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +46,16 @@ class Canvas:
 
     Args:
         image (np.ndarray): (H, W, 3) uint8, BGR, changed in place.
+        min_contrast (float): Smallest difference between the luma of a digit and the mean luma below it, in grey
+            levels, at most 127. Defaults to 60.
+        gap (int | None): Smallest distance between the boxes of two digits in pixels. Defaults to None: digits may hide
+            up to two fifths of each other.
     """
 
-    def __init__(self, image):
+    def __init__(self, image, min_contrast=MIN_CONTRAST, gap=None):
         self.image = image
+        self.min_contrast = min_contrast
+        self.gap = gap
         self.owner = np.full(image.shape[:2], -1, np.int8)  # index of the topmost digit of each pixel, or -1
         self.labels = []
         self.full_boxes = []
@@ -55,7 +63,7 @@ class Canvas:
         self.visible = np.zeros(0, np.int64)
 
     def add(self, rng, label, alpha, box, position):
-        """Draw a digit, unless it would hide too much of an earlier one.
+        """Draw a digit, unless it would hide too much of an earlier one or come too close to it.
 
         Args:
             rng (np.random.Generator): Random generator for the colour of the digit.
@@ -68,6 +76,11 @@ class Canvas:
             bool: Whether the digit was drawn.
         """
         (x, y), (left, top, width, height) = position, box
+        if self.gap is not None and any(
+            x - self.gap < x2 and x1 < x + width + self.gap and y - self.gap < y2 and y1 < y + height + self.gap
+            for x1, y1, x2, y2 in self.full_boxes
+        ):
+            return False
         tight = alpha[top : top + height, left : left + width] >= 0.5
         owner = self.owner[y : y + height, x : x + width]
         hidden = np.bincount(owner[tight] + 1, minlength=len(self.labels) + 1)[1:]
@@ -112,16 +125,17 @@ class Canvas:
         x0, y0 = max(x, 0), max(y, 0)
         below = self.image[y0 : y + alpha.shape[0], x0 : x + alpha.shape[1]]
         alpha = alpha[y0 - y : y0 - y + below.shape[0], x0 - x : x0 - x + below.shape[1], None]
-        colour = _draw_colour(rng, below)
+        colour = _draw_colour(rng, below, self.min_contrast)
         below[:] = np.rint(below + alpha * (colour - below))
 
 
-def _draw_colour(rng, below):
+def _draw_colour(rng, below, min_contrast):
     """Draw a random colour (3,) that contrasts with the pixels below, and more so if these vary strongly."""
     candidates = rng.integers(0, 256, (16, 3)).astype(np.float32)
     luma = candidates @ np.array([0.114, 0.587, 0.299], np.float32)
     mean, deviation = (float(value[0, 0]) for value in cv2.meanStdDev(cv2.cvtColor(below, cv2.COLOR_BGR2GRAY)))
-    clear = np.flatnonzero(np.abs(luma - mean) >= min(MIN_CONTRAST + deviation, 110.0))
+    needed = max(min_contrast, min(min_contrast + deviation, _ENOUGH_CONTRAST))
+    clear = np.flatnonzero(np.abs(luma - mean) >= needed)
     if len(clear):
         return candidates[clear[0]]
     return np.full(3, 255 if mean < 128 else 0, np.float32)

@@ -114,6 +114,33 @@ def test_annotations_agree(split, options):
         assert occluded > 0
 
 
+@pytest.mark.parametrize('gap', [0, 9])
+def test_digits_keep_their_distance(gap):
+    generator = SceneGenerator(size=192, digit_size=(30, 80), num_digits=(2, 5), gap=gap)
+    closest = []
+    for index in range(60):
+        scene = generator.generate(index)
+        np.testing.assert_array_equal(scene.areas, scene.full_areas)
+        for i, one in enumerate(scene.full_boxes):
+            for other in scene.full_boxes[:i]:
+                closest.append(np.maximum(one[:2] - other[2:], other[:2] - one[2:]).max())
+    assert gap <= min(closest) <= gap + 5
+
+
+@pytest.mark.parametrize('contrast', [20, 100, 127])
+def test_least_contrast(contrast):
+    """Without a photograph, a digit differs from the one colour below it by the contrast at least."""
+    options = dict(background=0.0, min_contrast=contrast)
+    scenes, crops = SceneGenerator(num_digits=(1, 1), **options), CropGenerator(**options)
+    luma = np.array([0.114, 0.587, 0.299])
+    for index in range(20):
+        for scene in (scenes.generate(index), crops.generate_scene(index)):
+            values, mask = scene.image @ luma, scene.masks[0]
+            below = np.median(values[~mask])
+            # Inside the strokes, away from their soft edge, a digit has one colour, which is the farthest from `below`.
+            assert np.abs(values[mask] - below).max() >= contrast - 1
+
+
 def test_digits_stand_out():
     """In its box, a digit differs in luma from the picture around it."""
     generator = SceneGenerator('val', num_digits=(1, 1))
@@ -202,6 +229,7 @@ def test_recolouring_gives_a_grey_photograph_colour_and_is_repeatable(monkeypatc
         (dict(background=(0, 2), length=5), r'background=\(0, 2\): '),
         (dict(background=(0, 1)), r'background=\(0, 1\): a pair .* length=None; set length'),
         (dict(max_angle=-1), 'max_angle=-1: '),
+        (dict(min_contrast=128), r'min_contrast=128: expected a number in \[0, 127.0\]'),
         (dict(length=0), 'length=0: expected an integer >= 1'),
         (dict(digit_size=20), 'digit_size=20: expected a pair'),
     ],
@@ -220,6 +248,12 @@ def test_bad_options(generator, options, message):
         (SceneGenerator, dict(digit_size=(20, 300)), r'digit_size=\(20, 300\): .*256'),
         (SceneGenerator, dict(digit_size=(4, 30)), r'digit_size=\(4, 30\): '),
         (SceneGenerator, dict(size=64, num_digits=(40, 50)), 'reduce num_digits'),
+        (SceneGenerator, dict(gap=-1), 'gap=-1: expected an integer >= 0'),
+        (
+            SceneGenerator,
+            dict(size=64, num_digits=(4, 5), gap=20),
+            'gap=20 need .* reduce num_digits, digit_size or gap',
+        ),
         (CropGenerator, dict(digit_size=(0.9, 0.5)), r'digit_size=\(0.9, 0.5\): .* 0 <= smallest <= largest <= 1'),
         (CropGenerator, dict(digit_size=(0.5, 1.2)), r'digit_size=\(0.5, 1.2\): '),
         (CropGenerator, dict(digit_size=(0.05, 0.9)), r'digit_size=\(0.05, 0.9\) is .*starts at 8 pixels or more'),
