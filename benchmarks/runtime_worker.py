@@ -3,7 +3,6 @@
 Reads a request as JSON from standard input and prints the answer as JSON.
 """
 
-import ast
 import ctypes
 import functools
 import json
@@ -18,7 +17,7 @@ import torch
 from soft_mm.export import export_onnx, photographs, quiet
 from soft_mm.image_models import image_model
 from soft_mm.inference import find_images, load_model
-from soft_mm.models.attention import SoftmaxFreeAttention
+from soft_mm.onnx_model import attention_nodes
 from soft_mm.utils import read_config
 
 from .targets import Target, build_backbone
@@ -72,36 +71,6 @@ def to_onnx(model, x, folder):
     return file
 
 
-def attention_nodes(model, file):
-    """List the nodes of an ONNX file that compute softmax-free attention, except its last projection.
-
-    In int8, the inverse of the landmarks' kernel would amplify the errors of the queries.
-
-    Args:
-        model (nn.Module): The model.
-        file (Path): Its file of PyTorch's exporter, which notes the module of each node.
-
-    Returns:
-        list[str]: Names of the nodes.
-
-    Raises:
-        ValueError: If the file does not say which nodes these are.
-    """
-    import onnx
-
-    names = []
-    for node in onnx.load(file).graph.node:
-        notes = {entry.key: entry.value for entry in node.metadata_props}
-        scopes = ast.literal_eval(notes.get('pkg.torch.onnx.name_scopes', '[]'))
-        classes = ast.literal_eval(notes.get('pkg.torch.onnx.class_hierarchy', '[]'))
-        inside = any(name.endswith('.SoftmaxFreeAttention') for name in classes)
-        if inside and not any(scope.endswith('.proj') for scope in scopes):
-            names.append(node.name)
-    if not names and any(isinstance(module, SoftmaxFreeAttention) for module in model.modules()):
-        raise ValueError(f'{file} does not name the modules of its nodes: export it with PyTorch 2.7 or newer')
-    return names
-
-
 def _session(file):
     import onnxruntime
 
@@ -140,7 +109,7 @@ def onnxruntime_int8(model, x, calibration, folder):
         file,
         Reader(),
         op_types_to_quantize=['Conv', 'Gemm', 'MatMul'],
-        nodes_to_exclude=attention_nodes(model, source),
+        nodes_to_exclude=attention_nodes(source),
         per_channel=True,
         extra_options=dict(MatMulConstBOnly=True),
     )
@@ -177,7 +146,7 @@ def openvino_int8(model, x, calibration, folder):
 
     def quantize(converted, source):
         # NNCF joins nodes, so not every name is there.
-        ignored = nncf.IgnoredScope(names=attention_nodes(model, source), validate=False)
+        ignored = nncf.IgnoredScope(names=attention_nodes(source), validate=False)
         data = nncf.Dataset(calibration)
         return nncf.quantize(converted, data, model_type=nncf.ModelType.TRANSFORMER, ignored_scope=ignored)
 

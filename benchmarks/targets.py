@@ -23,10 +23,13 @@ from .ablations import ABLATIONS, EVALUATION_ONLY, OPERATOR_ABLATIONS, REPLACEME
 _STAGE_1 = dict(ratio=8, conv_size=9)
 #: Side of a token of stage 1 in pixels. It is the same in all these backbones except DeiT.
 STRIDE = 4
+# Softmax-free attention in all four stages.
+_LINEAR = dict(type='SoftmaxFreeAttention', solver='cholesky', max_landmarks=49)
 
 #: Short names of backbones, with configs for the registries of soft_mm and the toolboxes.
 BACKBONES = {
     'soft-tiny': dict(type='soft_mm.SOFT', arch='tiny', attention=dict(solver='cholesky', max_landmarks=49)),
+    'soft-tiny-linear': dict(type='soft_mm.SOFT', arch='tiny', attention=[_LINEAR] * 4),
     'soft-tiny-authors': dict(type='soft_mm.SOFT', arch='tiny'),
     'resnet-50': dict(type='mmdet.ResNet', depth=50),
     'swin-tiny': dict(type='mmdet.SwinTransformer', drop_path_rate=0.2),

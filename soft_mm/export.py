@@ -243,12 +243,13 @@ def _to_onnx(model: ImageModel, shape: tuple[int, int], dynamic: str, input_dtyp
         try:
             return torch.onnx.export(model, (example,), dynamic_shapes=(dims,) if dims else None, **options)
         except (torch.onnx.errors.OnnxExporterError, NotImplementedError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip('.')
             how, advice = (
                 ('', '') if dynamic == 'none' else (f' with --dynamic {dynamic}', f', or without --dynamic {dynamic}')
             )
             raise ValueError(
-                f'the model cannot be exported{how}: {reason}. Export another attention or solver{advice}'
+                f'the model cannot be exported{how}: {reason}. If the reason is in the attention, export another '
+                f'attention or solver{advice}; otherwise export the backbone alone'
             ) from error
 
 

@@ -343,6 +343,8 @@ def _check_classifier(model: Any) -> Iterator[tuple[str, bool]]:
 def _check_segmentor(model: Any) -> Iterator[tuple[str, bool]]:
     mode = model.test_cfg.get('mode')
     yield f"its test_cfg.mode is {mode!r} and not 'whole'", mode != 'whole'
+    head = type(model.decode_head).__name__
+    yield f'a {head} computes masks from queries', head in ('MaskFormerHead', 'Mask2FormerHead')
     yield 'it has a single output channel', model.out_channels == 1
     yield 'its data_preprocessor pads to one size', bool((model.data_preprocessor.test_cfg or {}).get('size'))
     yield from _check_pixels(model)

@@ -64,12 +64,15 @@ def read_image(path: str | Path) -> np.ndarray:
         ndarray: ``(H, W, 3)`` uint8, RGB.
 
     Raises:
-        ValueError: If OpenCV cannot read the format.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If OpenCV cannot read it.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} does not exist: expected an image file')
     # On Windows, cv2.imread cannot open paths with characters outside the system's code page.
     image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
-        raise ValueError(f'{path} cannot be read by OpenCV: convert it to PNG or JPEG')
+        raise ValueError(f'{path} cannot be read by OpenCV as an image: convert it to PNG or JPEG')
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

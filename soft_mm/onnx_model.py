@@ -1,5 +1,6 @@
 """Running of exported ONNX files by onnxruntime: predictions as data samples of the toolboxes, and pictures of them."""
 
+import ast
 import importlib
 import json
 from collections.abc import Sequence
@@ -63,8 +64,41 @@ def import_extra(*names: str) -> list[ModuleType]:
         except ModuleNotFoundError:
             missing.append(name)
     if missing:
-        raise ValueError(f'{", ".join(missing)} must be installed for ONNX: pip install onnx onnxscript onnxruntime')
+        raise ValueError(
+            f'{", ".join(missing)} must be installed for ONNX: pip install onnx onnxscript onnxruntime, or the extra '
+            'soft_mm[export]'
+        )
     return found
+
+
+def attention_nodes(file: str | Path) -> list[str]:
+    """List the nodes of an ONNX file that compute softmax-free attention, except its last projection.
+
+    Keep them out of int8, because the inverse of the landmarks' kernel amplifies the errors of the queries.
+
+    Args:
+        file (str | Path): File of PyTorch's exporter (``dynamo=True``), which notes the module of each node.
+
+    Returns:
+        list[str]: Names of the nodes, for ``nodes_to_exclude`` of onnxruntime and ``IgnoredScope`` of NNCF.
+
+    Raises:
+        ValueError: If onnx is not installed, or the file does not name the modules of its nodes.
+    """
+    (onnx,) = import_extra('onnx')
+    names, noted = [], False
+    for node in onnx.load(file).graph.node:
+        notes = {entry.key: entry.value for entry in node.metadata_props}
+        scopes, classes = (
+            ast.literal_eval(notes.get(f'pkg.torch.onnx.{key}', '[]')) for key in ('name_scopes', 'class_hierarchy')
+        )
+        noted = noted or bool(classes)
+        inside = any(name.endswith('.SoftmaxFreeAttention') for name in classes)
+        if inside and not any(scope.endswith('.proj') for scope in scopes):
+            names.append(node.name)
+    if not noted:
+        raise ValueError(f'{file} does not name the modules of its nodes: export it with tools/export_onnx.py')
+    return names
 
 
 class OnnxModel:

@@ -39,7 +39,10 @@ def read_config(path: str | Path) -> Config:
         if os.getcwd() not in sys.path:
             # Appended, so that the folder cannot shadow installed packages.
             sys.path.append(os.getcwd())
-        if os.path.isfile(path) and Path(path).suffix not in ('.py', '.json', '.yaml', '.yml'):
+        if not os.path.isfile(path):
+            problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
+            raise FileNotFoundError(f'{path} {problem}: expected a config file')
+        if Path(path).suffix not in ('.py', '.json', '.yaml', '.yml'):
             raise ValueError(f'{path} is not a config file: expected a name that ends in .py, .json or .yaml')
         return Config.fromfile(path)
 

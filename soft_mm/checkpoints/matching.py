@@ -1,5 +1,6 @@
 """Comparison of a checkpoint with the model that should load it."""
 
+import ast
 import re
 import shlex
 from collections.abc import Collection, Mapping
@@ -147,11 +148,42 @@ def check_whole_model(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
         )
 
 
-def check_normalized(checkpoint: Mapping[str, Any], normalized: Collection[bool], path: str) -> None:
-    """Check that attention is normalised if and only if it is in a converted checkpoint.
+def _trained_forms(text: object) -> set[bool]:
+    """Return the values of ``normalized`` in the text of a config with a SOFT backbone, without running the text.
 
-    The weights have the same names and shapes in both forms, so a mistake would remain unnoticed. Only a checkpoint of
-    ``tools/convert_checkpoint.py`` says which form it has, in its metadata. Other checkpoints are not checked.
+    The set is empty if the text has no SOFT backbone or cannot be read.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(text))) if isinstance(text, str) else []
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    forms = set()
+    for options in map(_keywords, nodes):
+        if not str(_constant(options.get('type'))).endswith('SOFT'):
+            continue
+        attention = options.get('attention', ast.Constant(None))
+        parts = attention.elts if isinstance(attention, (ast.List, ast.Tuple)) else [attention]
+        for stage, part in enumerate(map(_keywords, parts)):
+            kind = _constant(part.get('type'), 'SoftmaxFreeAttention' if stage < 3 else 'SoftmaxAttention')
+            if str(kind).endswith('SoftmaxFreeAttention'):
+                forms.add(bool(_constant(part.get('normalized'), False)))
+    return forms
+
+
+def _keywords(node: ast.AST) -> dict[str | None, ast.expr]:
+    return {keyword.arg: keyword.value for keyword in node.keywords} if isinstance(node, ast.Call) else {}
+
+
+def _constant(node: ast.AST | None, default: object = None) -> object:
+    return node.value if isinstance(node, ast.Constant) else default
+
+
+def check_normalized(checkpoint: Mapping[str, Any], normalized: Collection[bool], path: str) -> None:
+    """Check that attention is normalised if and only if it is in a checkpoint.
+
+    The weights have the same names and shapes in both forms, so a mistake would remain unnoticed. A checkpoint of
+    ``tools/convert_checkpoint.py`` says which form it has. A checkpoint of mmengine's runner has the text of the
+    training's config, which is read without running it. Other checkpoints are not checked.
 
     Args:
         checkpoint (dict): Content of the file.
@@ -171,6 +203,16 @@ def check_normalized(checkpoint: Mapping[str, Any], normalized: Collection[bool]
             f'normalized={recorded != "True"}. Set normalized={recorded} in the attention. If the record is wrong, '
             f'convert the file of the authors again {option} --normalized'
         )
+    trained = _trained_forms(meta.get('cfg')) if isinstance(meta, dict) else set()
+    if trained and not set(normalized) <= trained:
+        raise ValueError(
+            f'the attention in {path} was trained with normalized={_describe(trained)}, but the config has '
+            f'normalized={_describe(set(normalized))}: give the config of the training, or set the same value'
+        )
+
+
+def _describe(forms: set[bool]) -> str:
+    return ' and '.join(map(str, sorted(forms)))
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from .checks import check_choice, check_integer, check_positive
 from .inverse import (
     NEWTON_BACKWARDS,
     converged_newton_inverse,
-    iterations_to_converge,
     newton_inverse,
     newton_inverse_per_image,
     pseudo_inverse,
     ridge_matrix,
+    scales_to_converge,
 )
 from .kernel import compute_dtype, gaussian_kernel
 
@@ -111,8 +111,8 @@ def middle_matrix(
     if solver == 'cholesky':
         kernel, matrix = _kernel_and_ridge_matrix(landmarks, ridge, present)
         if torch.onnx.is_in_onnx_export():
-            iterations = iterations_to_converge(landmarks.shape[-2], ridge)
-            inverse = converged_newton_inverse(matrix, ridge, iterations)
+            scales = scales_to_converge(landmarks.shape[-2], ridge)
+            inverse = converged_newton_inverse(matrix, ridge, scales)
             return (inverse / _degree_roots(kernel, degree_scale) if normalized else inverse), False
         return (matrix * _degree_roots(kernel, degree_scale) if normalized else matrix), True
     if solver == 'svd':

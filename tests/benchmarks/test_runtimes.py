@@ -11,10 +11,11 @@ from authors import REDUCED_ARCH
 from digits_workspace import CLASSIFIER
 from rich.console import Console
 
-from benchmarks.runtime_worker import attention_nodes, to_onnx
+from benchmarks.runtime_worker import to_onnx
 from benchmarks.runtimes import measure_runtime, runtime_tables
 from benchmarks.targets import Target
 from soft_mm import SOFT
+from soft_mm.onnx_model import attention_nodes
 
 SETTINGS = dict(images=None, calibration=2, repeats=2, seconds=1)
 REDUCED = Target('reduced', 'backbone', dict(type='soft_mm.SOFT', arch=REDUCED_ARCH))
@@ -64,7 +65,7 @@ def test_products_of_the_attention_are_found(tmp_path, attention):
     onnx = pytest.importorskip('onnx', reason='requirements/openmmlab.txt has no onnx')
     model = SOFT(REDUCED_ARCH, attention=dict(type=attention), out_indices=(0,)).eval()
     file = to_onnx(model, np.zeros((1, 3, 64, 64), np.float32), tmp_path)
-    found = attention_nodes(model, file)
+    found = attention_nodes(file)
     products = [node for node in onnx.load(file).graph.node if node.op_type == 'MatMul']
     inside = [node for node in products if node.name in found]
     # Twenty iterations of two products, in each block of stage 1.
@@ -72,6 +73,15 @@ def test_products_of_the_attention_are_found(tmp_path, attention):
     assert len(inside) > 40 * count if attention == 'SoftmaxFreeAttention' else not found
     # The last projection and two layers of the MLP.
     assert len(products) - len(inside) == 3 * count or attention == 'SoftmaxAttention'
+
+
+def test_file_without_names_of_modules_is_refused(tmp_path):
+    onnx = pytest.importorskip('onnx', reason='requirements/openmmlab.txt has no onnx')
+    value = onnx.helper.make_tensor_value_info('x', onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node('Relu', ['x'], ['y'])], 'g', [value], [value])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / 'plain.onnx')
+    with pytest.raises(ValueError, match=r'plain.onnx does not name the modules of its nodes: export it with'):
+        attention_nodes(tmp_path / 'plain.onnx')
 
 
 def test_failures_have_their_own_table():
