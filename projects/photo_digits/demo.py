@@ -18,7 +18,7 @@ from projects.common.run_logs import last_checkpoint
 from projects.common.training import Task, train_task
 from soft_mm.export import export_onnx
 from soft_mm.onnx_model import import_extra
-from soft_mm.utils import write_json
+from soft_mm.utils import read_config, write_json
 
 from .dataset_files import MANIFEST, export_photo_digits
 from .pictures import draw_loss_curves, draw_predictions
@@ -39,7 +39,7 @@ DETECTION = Task(
 )
 SEGMENTATION = Task('segmentation', f'{_CONFIGS}/fpn_soft-tiny_photo-digits.py', {'mIoU': ('mIoU', 0.01)})
 # Models to export to ONNX, with the side of their images and the folder of those for the check.
-_EXPORTS = ((CLASSIFICATION, 64, 'val/crops'), (SEGMENTATION, 256, 'val/scenes/images'))
+_EXPORTS = ((CLASSIFICATION, 64, 'val/crops'), (SEGMENTATION, 192, 'val/scenes/images'))
 
 
 def run_demo(work_dir='work_dirs/demo', from_scratch=False):
@@ -60,7 +60,11 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
     console = Console()
     work_dir = Path(work_dir)
     console.rule('photo-digits: validation data')
-    if not export_photo_digits(DATA, splits=('val',), **NUM_VAL):
+    options = dict(
+        crop_options=read_config(CLASSIFICATION.config_file).crop_options.to_dict(),
+        scene_options=read_config(DETECTION.config_file).scene_options.to_dict(),
+    )
+    if not export_photo_digits(DATA, splits=('val',), **NUM_VAL, **options):
         console.print(f'{DATA} is already complete')
     summary = {}
     pretrained = None

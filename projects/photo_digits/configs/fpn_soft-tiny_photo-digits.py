@@ -7,8 +7,8 @@ _base_ = [
 custom_imports = dict(imports=['projects.photo_digits'], allow_failed_imports=False)
 
 # The classifier of soft-tiny_photo-digits-crops.py, as trained by the demo.
-pretrained = 'work_dirs/demo/classification/iter_1400.pth'
-max_iters = 850
+pretrained = 'work_dirs/demo/classification/iter_650.pth'
+max_iters = 350
 channels = 128
 
 model = dict(
@@ -26,7 +26,7 @@ model = dict(
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=dict(type='BN'),
-        loss_decode=dict(class_weight=[0.5] + [2.0] * 10),
+        loss_decode=dict(class_weight=[0.3] + [2.0] * 10),
     ),
 )
 # Layers that are not pretrained need a higher learning rate.

@@ -3,8 +3,9 @@
 # easy crops come first: small crops with a background that fades in, then crops of the validation size.
 data_root = 'data/photo_digits_demo/'
 batch_size = 64
-small_iters = 600
-full_iters = 800
+small_iters = 350
+full_iters = 300
+crop_options = dict(digit_size=(0.6, 0.9), min_contrast=110)
 train_pipeline = [dict(type='PackInputs')]
 
 data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
@@ -20,14 +21,14 @@ train_dataloader = dict(
                 type='PhotoDigitsCrops',
                 seed=0,
                 length=batch_size * small_iters,
-                generator=dict(size=32, background=(0.0, 1.0), recolour=0.8),
+                generator=dict(**crop_options, size=32, background=(0.0, 1.0), recolour=0.8),
                 pipeline=train_pipeline,
             ),
             dict(
                 type='PhotoDigitsCrops',
                 seed=1,
                 length=batch_size * full_iters,
-                generator=dict(recolour=0.8),
+                generator=dict(**crop_options, recolour=0.8),
                 pipeline=train_pipeline,
             ),
         ],

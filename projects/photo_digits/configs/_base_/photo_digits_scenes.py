@@ -1,12 +1,12 @@
-# Scenes of 256x256 pixels. Training scenes are composed on the fly. Validation scenes are read from disk and written by
-# `python -m projects.photo_digits.make_dataset`. Flips must not be added, because a mirrored digit has no class.
-# Training scenes are smaller than validation scenes, with digits of the same size: they cost less, and digits cover a
-# larger part of them.
+# Scenes of 192x192 pixels with large digits, which stand apart and contrast with the photograph. Training scenes are
+# composed on the fly. Validation scenes are read from disk and written by the demo. Flips must not be added, because a
+# mirrored digit has no class.
 data_root = 'data/photo_digits_demo/'
 batch_size = 4
-scale = (256, 256)
+scale = (192, 192)
 num_train_scenes = 8000
-train_generator = dict(size=192, digit_size=(20, 100), num_digits=(2, 6), recolour=0.5)
+scene_options = dict(size=192, digit_size=(36, 88), num_digits=(2, 5), gap=4, min_contrast=110)
+train_generator = dict(**scene_options, recolour=0.5)
 digits = tuple(str(digit) for digit in range(10))
 palette = [
     (230, 25, 75),
