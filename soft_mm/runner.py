@@ -197,12 +197,21 @@ def show_pictures(cfg: Config, folder: str) -> None:
     Args:
         cfg (Config): Config of mmpretrain, mmdet or mmsegmentation.
         folder (str): Folder of the pictures. mmsegmentation writes to its subfolder ``vis_data/vis_image``.
+
+    Raises:
+        ValueError: If the config belongs to another toolbox.
     """
+    scope = cfg.get('default_scope')
+    if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
+        raise ValueError(
+            f"--show-dir: default_scope={scope!r}: expected 'mmpretrain', 'mmdet' or 'mmseg'; for another toolbox, set "
+            'default_hooks.visualization in the config instead'
+        )
     hook: dict[str, Any] = dict((cfg.get('default_hooks') or {}).get('visualization') or {})
     folder = os.path.abspath(folder)
-    if cfg.get('default_scope') == 'mmpretrain':
+    if scope == 'mmpretrain':
         hook |= dict(type='VisualizationHook', enable=True, out_dir=folder, interval=1)
-    elif cfg.get('default_scope') == 'mmdet':
+    elif scope == 'mmdet':
         # mmdet joins the folder to its own; an absolute path replaces it.
         hook |= dict(type='DetVisualizationHook', draw=True, test_out_dir=folder)
     else:

@@ -111,6 +111,12 @@ def test_pictures_go_to_an_absolute_folder(scope, tmp_path, monkeypatch):
     assert folder == str(tmp_path / 'pictures') and (hook.get('draw') or hook.get('enable'))
 
 
+def test_pictures_of_other_toolboxes_are_refused():
+    cfg = Config(dict(default_scope='mmpose', visualizer=dict(type='Visualizer')))
+    with pytest.raises(ValueError, match="--show-dir: default_scope='mmpose': expected 'mmpretrain', 'mmdet' or"):
+        show_pictures(cfg, 'pictures')
+
+
 def test_metrics_that_are_no_numbers_can_be_written():
     metrics = {
         'top1': np.float32(0.5),
