@@ -13,6 +13,8 @@ from programs import ROOT, tool
 
 from soft_mm import SOFT
 
+pytestmark = pytest.mark.long
+
 GUIDE = ROOT / 'docs/replace_backbone.md'
 INSTALL = f'to install it: {GUIDE.relative_to(ROOT)}, "Other toolboxes"'
 # Data, head and arch of a short run. `data`, `small` and `arch` come first in the config.
