@@ -129,7 +129,8 @@ def test_attention_leaves_half_precision_and_does_not_see_autocast():
     outcomes = []
     for enabled in (False, True):
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=enabled):
-            outcomes.append(results(fast(q, landmarks, v, k), inputs))
+            out = fast(q, landmarks, v, k)
+        outcomes.append(results(out, inputs))
     assert all(torch.equal(*pair) for pair in zip(*outcomes)) and outcomes[0][0].dtype == torch.bfloat16
     wide = fast(*(tensor.detach().float() for tensor in (q, landmarks, v, k)))
     torch.testing.assert_close(outcomes[0][0], wide.bfloat16())
