@@ -164,7 +164,7 @@ def test_exported_and_compiled_module_equals_eager(options):
     with torch.no_grad():
         expected = module(query, key_value, (5, 7), mask)
         dim = torch.export.Dim.DYNAMIC
-        shapes = dict(query={0: dim, 1: dim}, key_value={0: dim}, grid=None, mask={0: dim})
+        shapes = dict(query={0: dim, 1: dim}, key_value={0: dim}, grid=(None, None), mask={0: dim})
         program = torch.export.export(module, (query, key_value, (5, 7), mask), dynamic_shapes=shapes).module()
         torch.testing.assert_close(program(query, key_value, (5, 7), mask), expected)
         one = query[:1, :4], key_value[:1], (5, 7), mask[:1]
