@@ -204,7 +204,9 @@ def _solve_landmarks(
     if present is not None:
         # Absent landmarks get the rows and columns of the identity, so they change no other landmark.
         pairs = present[:, None, :, None] & present[:, None, None, :]
-        identity = torch.eye(present.shape[-1], dtype=torch.bool, device=present.device)
+        index = torch.arange(present.shape[-1], device=present.device)
+        # onnxruntime has no identity matrix of this dtype.
+        identity = index[:, None] == index
         logits = logits.masked_fill(~(pairs | identity), -torch.inf)
     middle = torch.softmax(logits, dim=-1)
     return (iterative_pinv(middle, iterations) @ gathered.to(dtype)).to(gathered.dtype)
