@@ -157,6 +157,8 @@ OUTPUTS = {
         'NystromAttention',
         'torch.Size([1, 4032, 64])',
         'torch.Size([4, 2048, 64])',
+        'padding changes nothing: True',
+        'torch.Size([2, 10, 4])',
         '(1, 512, 2, 3)',
     ],
     'docs/deployment.md': ['thing '],

@@ -131,9 +131,14 @@ class SoftmaxFreeBlock(BaseModule):
         self.norm2 = nn.LayerNorm(embed_dims)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Apply the block to tokens ``(B, H * W, C)`` on ``grid = (H, W)``, or ``(B, n, C)`` on ``(n,)``."""
-        x = self.norm1(x + self.drop_path(self.attn(x, grid)))
+    def forward(self, x: Tensor, grid: tuple[int, ...], mask: Tensor | None = None) -> Tensor:
+        """Apply the block to tokens ``(B, H * W, C)`` on ``grid = (H, W)``, or ``(B, n, C)`` on ``(n,)``.
+
+        A ``mask`` ``(B, n)`` is True where a token takes part in the attention.
+        """
+        # An attention that takes no mask works without one.
+        attended = self.attn(x, grid) if mask is None else self.attn(x, grid, mask)
+        x = self.norm1(x + self.drop_path(attended))
         return self.norm2(x + self.drop_path(self.mlp(x)))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer, is_integer
+from soft_mm.ops.kernel import compute_dtype
 from soft_mm.registry import MODELS
 
 from .base import (
@@ -61,8 +62,8 @@ class SoftmaxAttention(_QKVAttention):
     exports_any_size = True
     needs_grid = False
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        return ops.softmax_attention(q, k, v, mask)
 
 
 @MODELS.register_module()
@@ -110,7 +111,8 @@ class LinformerAttention(_QKVAttention):
             nn.init.normal_(weight, std=(rows * columns) ** -0.5)
             self.register_parameter(name, weight)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        # Masked keys and values are 0 already, so they add nothing to the combinations.
         weights = (ops.resize_sequence_projection(weight, grid) for weight in (self.key_weight, self.value_weight))
         return ops.linformer_attention(q, k, v, *weights)
 
@@ -160,13 +162,13 @@ class PerformerAttention(_QKVAttention):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer('features', ops.orthogonal_features(num_features, self.head_dims, generator, 'cpu'))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         # Gradient checkpointing repeats the forward pass in the backward pass, with the same features.
         if self.training and self.redraw_interval and _backward_pass() == -1:
             if self.forwards == self.redraw_interval:
                 self.redraw()
             self.forwards += 1
-        return ops.performer_attention(q, k, v, self.features)
+        return ops.performer_attention(q, k, v, self.features, mask=mask)
 
     def redraw(self) -> None:
         """Redraw the features from PyTorch's global generator."""
@@ -214,10 +216,16 @@ class NystromAttention(_QKVAttention):
         self.iterations = iterations
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         coarse = ops.pooled_grid(grid, self.num_landmarks)
-        query_landmarks, key_landmarks = (ops.mean_landmarks(tokens, grid, coarse) for tokens in (q, k))
-        return ops.nystrom_attention(q, k, v, query_landmarks, key_landmarks, self.iterations)
+        if mask is None:
+            query_landmarks, key_landmarks = (ops.mean_landmarks(tokens, grid, coarse) for tokens in (q, k))
+            return ops.nystrom_attention(q, k, v, query_landmarks, key_landmarks, self.iterations)
+        takes_part = mask.unsqueeze(1).to(compute_dtype(q))
+        query_landmarks, _ = ops.mean_present_landmarks(q, takes_part, grid, coarse)
+        key_landmarks, present = ops.mean_present_landmarks(k, takes_part, grid, coarse)
+        landmarks = query_landmarks.to(q.dtype), key_landmarks.to(k.dtype)
+        return ops.nystrom_attention(q, k, v, *landmarks, self.iterations, mask, present.squeeze(1) > 0)
 
 
 @MODELS.register_module()
@@ -252,9 +260,15 @@ class SpatialReductionAttention(BaseAttention):
         """Project tokens ``(B, n, C)`` to queries ``(B, h, n, d)``. Returns the queries and the tokens themselves."""
         return split_heads(self.q(x), self.num_heads), x
 
-    def attend(self, q: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def mask_projected(self, projected: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the projected tensors: the second has the tokens themselves, which are 0 already."""
+        return projected
+
+    def attend(self, q: Tensor, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         k, v, _ = self.reduce(x, grid)
-        return F.scaled_dot_product_attention(q, k, v)
+        if mask is not None and max(self.kernel) > 1:
+            mask = ops.present_patches(mask, grid, self.kernel, torch.float32).squeeze(1) > 0
+        return ops.softmax_attention(q, k, v, mask)
 
     def reduce(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Compute keys and values on the coarser grid.
@@ -332,13 +346,14 @@ class GaussianKernelAttention(SharedQKAttention):
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         n = q.shape[2]
         if n > self.max_tokens:
             raise ValueError(
                 f'GaussianKernelAttention: {n} tokens exceed max_tokens={self.max_tokens}; the kernel would hold '
                 f'{n}x{n} numbers per head. Use smaller images or another attention, or increase max_tokens'
             )
+        # Masked values are 0 already, so they add nothing to the sum.
         return ops.gaussian_attention(q, v)
 
     def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
