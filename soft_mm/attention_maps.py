@@ -13,7 +13,7 @@ from soft_mm.models import SOFT
 from soft_mm.utils import make_figure
 
 # Differences below this part of a mean weight are rounding, so the colour scale never magnifies them.
-_LEAST_DIFFERENCE = 1e-3
+_LEAST_DIFFERENCE = 1e-4
 
 
 def image_attention(
@@ -81,19 +81,23 @@ def local_window(model: nn.Module, stage: int, block: int = -1) -> int | None:
     return None if local is None else local.kernel_size[1]
 
 
-def contrast(rows: Tensor, mean: Tensor) -> Tensor:
-    """Compare rows with the mean row of their head.
+def contrast(rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare rows with the mean row of their head: split each into its multiple of the mean row and the rest.
+
+    The rows of SOFT do not sum to 1, so a query may also attend more to everything. This is the gain, the least-squares
+    factor between row and mean row. Over all queries, the mean of the gains is 1, and the mean of the rests is 0.
 
     Args:
         rows (Tensor): ``(p, h, H, W)``.
         mean (Tensor): Mean row of all queries, ``(1, h, H, W)``.
 
     Returns:
-        Tensor: ``(p, h, H, W)``, ``rows - mean`` in units of the mean absolute weight of the head's mean row. A mean
-        row of zeros has the unit 1.
+        tuple[Tensor, Tensor]: Gains ``(p, h)``, and ``rows - gains * mean``, ``(p, h, H, W)``, in units of the mean
+        absolute weight of the head's mean row. For a mean row of zeros, the gain is 0 and the unit is 1.
     """
-    unit = mean.abs().mean((-2, -1), keepdim=True)
-    return (rows - mean) / torch.where(unit > 0, unit, 1)
+    power, unit = mean.square().sum((-2, -1)), mean.abs().mean((-2, -1), keepdim=True)
+    gains = (rows * mean).sum((-2, -1)) / torch.where(power > 0, power, 1)
+    return gains, (rows - gains[..., None, None] * mean) / torch.where(unit > 0, unit, 1)
 
 
 def overlay(image: np.ndarray, values: Tensor, bound: float) -> np.ndarray:
@@ -136,9 +140,9 @@ def draw_attention(
         points (list[tuple[int, int]]): Query pixels ``(x, y)``. A ring marks them.
         out_file (str | Path): Picture to write. Its suffix is the format.
         heads (list[int] | None): Heads, counted from 0. Defaults to None: all.
-        mean (Tensor | None): Mean row of all queries, from :func:`image_attention` with ``points=None``. The picture
-            then shows the :func:`contrast`. Defaults to None: the weights themselves, which look alike for most
-            queries, because they have the mean row in common.
+        mean (Tensor | None): Mean row of all queries, from :func:`image_attention` with ``points=None``. The maps then
+            show the :func:`contrast`, and their titles the gains. Defaults to None: the weights themselves, which look
+            alike for most queries, because they have the mean row in common.
         window (int | None): Side in tokens of a square around the query, drawn dashed: the :func:`local_window`, which
             the rows are without. Defaults to None: no square.
 
@@ -147,33 +151,39 @@ def draw_attention(
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
     heads = list(range(rows.shape[1])) if heads is None else heads
     if missing := [head for head in heads if not 0 <= head < rows.shape[1]]:
         raise ValueError(f'heads {missing} do not exist: the stage has {rows.shape[1]} heads, counted from 0')
     height, width = image.shape[:2]
-    values = (rows if mean is None else contrast(rows, mean)).detach().float().cpu()
+    gains, values = (None, rows) if mean is None else contrast(rows, mean)
     # Weights and differences can be negative, so the scale is symmetric.
-    bounds = values.abs().amax((0, 2, 3)).clamp(min=1e-12 if mean is None else _LEAST_DIFFERENCE).tolist()
+    least = 1e-12 if mean is None else _LEAST_DIFFERENCE
+    bounds = values.abs().amax((0, 2, 3)).clamp(min=least).tolist()
     cell = (width / values.shape[3], height / values.shape[2])
-    columns = 1 + len(heads)
-    figure, axes = make_figure(len(points), columns, (2.2 * columns, 2.2 * len(points) * height / width + 0.9))
-    for line, point in zip(axes, points):
-        line[0].imshow(image)
-        line[0].set_title(f'query {point[0]},{point[1]}', fontsize=9)
-        for axis in line:
+    lines, columns, aspect = len(points), 1 + len(heads), height / width
+    # The last line holds the colour bars.
+    figure, axes = make_figure(lines + 1, columns, (2.2 * columns, (2.2 * aspect + 0.25) * lines + 0.7))
+    axes[0, 0].get_gridspec().set_height_ratios([aspect] * lines + [0.06])
+    for line, point in enumerate(points):
+        axes[line, 0].imshow(image)
+        axes[line, 0].set_title(f'query {point[0]},{point[1]}', fontsize=9)
+        for axis, head in zip(axes[line, 1:], heads):
+            axis.imshow(overlay(image, values[line, head], bounds[head]))
+            title = f'head {head}' if gains is None else f'head {head}: {gains[line, head]:.2f} × mean row'
+            axis.set_title(title, fontsize=9)
+        for axis in axes[line]:
             _mark_query(axis, point, cell, window)
-    for column, head in enumerate(heads, start=1):
-        for axis, row in zip(axes[:, column], values):
-            axis.imshow(overlay(image, row[head], bounds[head]))
-        axes[0, column].set_title(f'head {head}', fontsize=9)
+            axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+            axis.set_axis_off()
+    axes[-1, 0].set_axis_off()
+    for axis, head in zip(axes[-1, 1:], heads):
         scale = ScalarMappable(Normalize(-bounds[head], bounds[head]), _colours())
-        bar = figure.colorbar(scale, ax=list(axes[:, column]), location='bottom', aspect=14, pad=0.02)
-        bar.ax.tick_params(labelsize=8)
-    for axis in axes.flat:
-        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-        axis.set_axis_off()
-    figure.supxlabel('weights' if mean is None else 'row minus mean row of the head, in mean weights', fontsize=9)
+        figure.colorbar(scale, axis, orientation='horizontal', ticks=MaxNLocator(3))
+        axis.tick_params(labelsize=8)
+    label = 'weights' if mean is None else "row minus its multiple of the head's mean row, in mean weights"
+    figure.supxlabel(label, fontsize=9)
     Path(out_file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_file, dpi=120)
 
@@ -195,15 +205,15 @@ def _find_attention(model: nn.Module, stage: int, block: int) -> Any:
 
 def _mark_query(axis: Any, point: tuple[int, int], cell: tuple[float, float], window: int | None) -> None:
     """Draw a ring around a query pixel, and the square of a window of tokens around its token."""
-    # Two colours, so that one of them is visible on any picture.
-    for colour, width in (('black', 2.6), ('lime', 1.2)):
-        style = dict(marker='o', fillstyle='none', markersize=9, markeredgecolor=colour, markeredgewidth=width)
-        axis.plot(*point, **style)
+    # On black, so that the colour is visible on any picture.
+    for colour, width, dashes in (('black', 2.4, 'solid'), ('lime', 1.2, (0, (3, 2)))):
+        ring = dict(marker='o', fillstyle='none', markersize=9, markeredgecolor=colour, markeredgewidth=width)
+        axis.plot(*point, **ring)
         if window is not None:
             left, top = ((int(place / side) - window // 2) * side - 0.5 for place, side in zip(point, cell))
             right, bottom = left + window * cell[0], top + window * cell[1]
             outline = [left, right, right, left, left], [top, top, bottom, bottom, top]
-            axis.plot(*outline, color=colour, linewidth=width, linestyle=(0, (3, 2)))
+            axis.plot(*outline, color=colour, linewidth=width, linestyle=dashes)
 
 
 def _colours() -> Any:

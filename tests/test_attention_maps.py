@@ -60,11 +60,14 @@ def test_differences_from_the_mean_row_cancel_out(cfg):
     module, grid = build_attention(cfg, **SHAPE).double().eval(), (5, 7)
     x = torch.randn(1, 35, 16, dtype=torch.float64)
     rows, mean = module.rows(x, grid, list(range(35))), module.rows(x, grid, None)
-    differences = contrast(rows, mean)
-    assert differences.abs().amax((0, 2, 3)).min() > 1e-3
-    assert differences.mean(0).abs().max() < 1e-12
-    # In units of the mean weight of each head.
-    assert torch.allclose(differences[3, 1] * mean[0, 1].abs().mean(), rows[3, 1] - mean[0, 1])
+    assert (rows - mean).mean(0).abs().max() < 1e-12
+    gains, rest = contrast(rows, mean)
+    assert gains.shape == (35, 2) and rest.abs().amax((0, 2, 3)).min() > 1e-3
+    assert rest.mean(0).abs().max() < 1e-12 and torch.allclose(gains.mean(0), torch.ones(2, dtype=torch.float64))
+    # The rest has nothing in common with the mean row, and its unit is the mean weight of the head.
+    assert (rest * mean).mean((-2, -1)).abs().max() < 1e-12
+    whole = gains[3, 1] * mean[0, 1] + rest[3, 1] * mean[0, 1].abs().mean()
+    assert torch.allclose(whole, rows[3, 1])
 
 
 def test_rows_over_a_coarser_grid_are_shared_out():
@@ -177,7 +180,7 @@ def test_far_pixels_give_clearly_different_pictures():
         first, second = (overlay(image, row[0], float(values.abs().max())).astype(float) for row in values)
         return abs(first - second).mean()
 
-    assert distance(contrast(rows, mean)) > 20 > 3 * distance(rows)
+    assert distance(contrast(rows, mean)[1]) > 20 > 3 * distance(rows)
 
 
 def test_signs_have_their_colours_and_zero_shows_the_picture():
@@ -197,12 +200,12 @@ def test_picture_without_texture_has_no_colours(tmp_path):
     image, points = np.full((64, 64, 3), 128, np.uint8), [(5, 5), (60, 60)]
     noise = 1 + 1e-7 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for rows, mean in ((noise, torch.ones(1, 1, 8, 8)), (torch.zeros(2, 1, 8, 8), torch.zeros(1, 1, 8, 8))):
-        assert contrast(rows, mean).isfinite().all()
+        assert all(part.isfinite().all() for part in contrast(rows, mean))
         with warnings.catch_warnings():
             warnings.simplefilter('error')
             draw_attention(image, rows, points, tmp_path / 'map.png', mean=mean)
         picture = mmcv.imread(tmp_path / 'map.png').astype(int)
-        # The third row of pictures from the left is the colour bar's.
+        # Without the colour bar.
         maps = picture[: len(picture) * 3 // 4, picture.shape[1] // 2 :]
         ring = (maps[..., 1] - maps[..., 0] > 20) & (maps[..., 1] - maps[..., 2] > 20)
         assert ring.any() and abs(maps[..., 2] - maps[..., 0])[~ring].max() < 20
@@ -215,17 +218,18 @@ def test_scale_is_common_to_the_queries_of_a_head(tmp_path, monkeypatch):
     rows[0, 0, 0, 0], rows[1, 0, 0, 0], rows[1, 2, 3, 3] = 1.0, -5.0, 2.0
     image = np.zeros((32, 32, 3), np.uint8)
     draw_attention(image, rows, [(0, 0), (9, 9)], tmp_path / 'a.png', heads=[2, 0])
-    assert calls == [2.0, 2.0, 5.0, 5.0]
+    assert calls == [2.0, 5.0, 2.0, 5.0]
     calls.clear()
     draw_attention(image, rows, [(0, 0), (9, 9)], tmp_path / 'a.png', heads=[0], mean=torch.full((1, 3, 4, 4), 0.5))
-    assert calls == [11.0, 11.0]
+    # The gain of the second row is -5 / (16 * 0.5): (-5 + 0.625 * 0.5) / 0.5.
+    assert calls == [9.375, 9.375]
 
 
 def test_uniform_image_of_a_model_is_drawn(tmp_path):
     torch.manual_seed(0)
     model, image, points = Whole().eval(), np.full((64, 96, 3), 90, np.uint8), [(3, 3), (90, 60)]
     rows, mean = (image_attention(model, image, queries, stage=3) for queries in (points, None))
-    assert contrast(rows, mean).isfinite().all()
+    assert all(part.isfinite().all() for part in contrast(rows, mean))
     draw_attention(image, rows, points, tmp_path / 'map.png', mean=mean, window=local_window(model, 3))
     assert mmcv.imread(tmp_path / 'map.png').shape[1] == round(2.2 * 4 * 120)
 

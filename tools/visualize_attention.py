@@ -1,8 +1,8 @@
 """Draw rows of the attention matrix over an image: what a query pixel attends to, compared with the average pixel.
 
-Each picture shows a row minus the mean row of its head, in units of the head's mean weight: red where the query attends
-more than the average pixel does, blue where it attends less. A ring marks the query. The rows are without the local
-branch, a convolution over the tokens in the dashed square.
+Each map shows a row minus its multiple of the mean row of the head, in units of the mean row's mean weight: red where
+the query attends more than the average pixel does, blue where it attends less. The title has the multiple. A ring marks
+the query. The rows are without the local branch, a convolution over the tokens in the dashed square.
 """
 
 import argparse

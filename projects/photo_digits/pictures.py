@@ -160,8 +160,9 @@ def draw_attention_rows(config, checkpoint, out_file, scenes):
     draw_attention(image, rows, points, out_file, mean=mean, window=window)
     caption = (
         f'What two pixels of scene {Path(name).stem} attend to in the last block of stage {_STAGE} of the detector: '
-        'their rows of the attention matrix minus the mean row of the head, in units of its mean weight. Red: more '
-        'than the average pixel does; blue: less. The ring marks the query.'
+        "their rows of the attention matrix. A map's title has the multiple of the head's mean row that is closest to "
+        'the row, and its colours show the rest, in mean weights. Red: more than the average pixel; blue: less. The '
+        'ring marks the query.'
     )
     if window:
         caption += (
