@@ -90,7 +90,7 @@ def write_report(path, summary, losses, scenes, attention):
         introduction='SOFT-Tiny on photo-digits, handwritten digits on photographs. The detector is a Mask R-CNN, and '
         f'the segmentor is a Semantic FPN. Their backbones start {start}.',
         parts=[_describe_part(name, values) for name, values in parts.items()],
-        total=None if None in seconds else format_seconds(sum(seconds)),
+        minutes=None if None in seconds else f'{sum(seconds) / 60:.1f}',
         curves=[_chart(name, losses.get(name, [])) for name in parts],
         predictions=[dict(name=name, scenes=pictures) for name, pictures in scenes.items()],
         attention=attention,
@@ -99,19 +99,6 @@ def write_report(path, summary, losses, scenes, attention):
         photographs=[photograph for photograph in PHOTOGRAPHS if photograph.split == 'val'],
     )
     write_text(path, page)
-
-
-def format_seconds(seconds):
-    """Format a duration for people.
-
-    Args:
-        seconds (float): Duration.
-
-    Returns:
-        str: Such as ``'11 min 32 s'``.
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    return f'{minutes} min {rest:02d} s' if minutes else f'{rest} s'
 
 
 def processor_name():
@@ -128,7 +115,7 @@ def processor_name():
 def _describe_part(name, values):
     metrics = [(_LABELS.get(key, key), f'{value:.3f}') for key, value in values.items() if key != 'seconds']
     seconds = values.get('seconds')
-    return dict(name=name, metrics=metrics, time='unknown' if seconds is None else format_seconds(seconds))
+    return dict(name=name, metrics=metrics, minutes='unknown' if seconds is None else f'{seconds / 60:.1f}')
 
 
 def _chart(name, losses):
