@@ -161,7 +161,6 @@ def draw_attention(
     # Weights and differences can be negative, so the scale is symmetric.
     least = 1e-12 if mean is None else _LEAST_DIFFERENCE
     bounds = values.abs().amax((0, 2, 3)).clamp(min=least).tolist()
-    cell = (width / values.shape[3], height / values.shape[2])
     lines, columns, aspect = len(points), 1 + len(heads), height / width
     # The last line holds the colour bars.
     figure, axes = make_figure(lines + 1, columns, (2.2 * columns, (2.2 * aspect + 0.25) * lines + 0.7))
@@ -174,7 +173,7 @@ def draw_attention(
             title = f'head {head}' if gains is None else f'head {head}: {gains[line, head]:.2f} × mean row'
             axis.set_title(title, fontsize=9)
         for axis in axes[line]:
-            _mark_query(axis, point, cell, window)
+            _mark_query(axis, point, (width, height), (values.shape[3], values.shape[2]), window)
             axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
             axis.set_axis_off()
     axes[-1, 0].set_axis_off()
@@ -203,16 +202,24 @@ def _find_attention(model: nn.Module, stage: int, block: int) -> Any:
     return blocks[block].attn
 
 
-def _mark_query(axis: Any, point: tuple[int, int], cell: tuple[float, float], window: int | None) -> None:
-    """Draw a ring around a query pixel, and the square of a window of tokens around its token."""
+def _mark_query(
+    axis: Any, point: tuple[int, int], size: tuple[int, int], grid: tuple[int, int], window: int | None
+) -> None:
+    """Draw a ring around a query pixel, and the square of a window of tokens around its token. Widths come first."""
+    outline = None
+    if window is not None:
+        tokens = [place * count // side for place, count, side in zip(point, grid, size)]
+        # From the left or upper edge of the window to the other, in pixels, whose centres are integers.
+        (left, right), (top, bottom) = (
+            [(token + step) * side / count - 0.5 for step in (-(window // 2), window // 2 + 1)]
+            for token, count, side in zip(tokens, grid, size)
+        )
+        outline = [left, right, right, left, left], [top, top, bottom, bottom, top]
     # On black, so that the colour is visible on any picture.
     for colour, width, dashes in (('black', 2.4, 'solid'), ('lime', 1.2, (0, (3, 2)))):
         ring = dict(marker='o', fillstyle='none', markersize=9, markeredgecolor=colour, markeredgewidth=width)
         axis.plot(*point, **ring)
-        if window is not None:
-            left, top = ((int(place / side) - window // 2) * side - 0.5 for place, side in zip(point, cell))
-            right, bottom = left + window * cell[0], top + window * cell[1]
-            outline = [left, right, right, left, left], [top, top, bottom, bottom, top]
+        if outline:
             axis.plot(*outline, color=colour, linewidth=width, linestyle=dashes)
 
 

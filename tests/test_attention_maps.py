@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import mmcv
@@ -223,6 +224,19 @@ def test_scale_is_common_to_the_queries_of_a_head(tmp_path, monkeypatch):
     draw_attention(image, rows, [(0, 0), (9, 9)], tmp_path / 'a.png', heads=[0], mean=torch.full((1, 3, 4, 4), 0.5))
     # The gain of the second row is -5 / (16 * 0.5): (-5 + 0.625 * 0.5) / 0.5.
     assert calls == [9.375, 9.375]
+
+
+def test_query_and_window_are_where_they_belong():
+    """Tokens of 4x8 pixels, and a window of 3x3 of them around the token (5, 2)."""
+    drawn = []
+    axis = SimpleNamespace(plot=lambda *places, **style: drawn.append(places))
+    attention_maps._mark_query(axis, (23, 16), (40, 48), (10, 6), window=3)
+    ring, (x, y) = drawn[:2]
+    assert ring == (23, 16) and drawn[2:] == drawn[:2]
+    assert (min(x), max(x)) == (15.5, 27.5) and (min(y), max(y)) == (7.5, 31.5)
+    drawn.clear()
+    attention_maps._mark_query(axis, (23, 16), (40, 48), (10, 6), window=None)
+    assert drawn == [(23, 16)] * 2
 
 
 def test_uniform_image_of_a_model_is_drawn(tmp_path):
