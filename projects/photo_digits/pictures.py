@@ -109,6 +109,9 @@ def draw_predictions(config, checkpoint, out_file, count=8, columns=2):
 def _draw_tiles(cfg, checkpoint, count):
     cfg.load_from = str(checkpoint)
     cfg.visualizer.vis_backends = []
+    if cfg.default_scope == 'mmseg':
+        # The background's colour is black: with the default of 0.8, the photograph is hardly visible.
+        cfg.visualizer.alpha = 0.5
     runner = Runner.from_cfg(cfg)
     runner.load_or_resume()
     dataset = runner.test_dataloader.dataset
