@@ -21,8 +21,8 @@ from soft_mm.onnx_model import import_extra
 from soft_mm.utils import write_json
 
 from .dataset_files import MANIFEST, export_photo_digits
+from .demo_page import write_report
 from .pictures import draw_attention_rows, draw_loss_curves, draw_predictions
-from .report import write_report
 
 DATA = Path('data/photo_digits_demo')
 NUM_VAL = dict(num_crops=1000, num_scenes=200)

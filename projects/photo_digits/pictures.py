@@ -111,7 +111,7 @@ def _draw_tiles(cfg, checkpoint, count):
     cfg.visualizer.vis_backends = []
     if cfg.default_scope == 'mmseg':
         # The background's colour is black: with the default of 0.8, the photograph is hardly visible.
-        cfg.visualizer.alpha = 0.5
+        cfg.visualizer.alpha = 0.65
     runner = Runner.from_cfg(cfg)
     runner.load_or_resume()
     dataset = runner.test_dataloader.dataset

@@ -12,7 +12,7 @@ from soft_mm.utils import write_text
 
 from .sources import PHOTOGRAPHS
 
-_TEMPLATE = Path(__file__).with_name('report.html.jinja')
+_TEMPLATE = Path(__file__).with_name('demo_page.html.jinja')
 _LABELS = {
     'top1': 'top-1 accuracy',
     'bbox_mAP': 'box mAP',

@@ -13,8 +13,8 @@ from mmengine.config import Config
 
 from benchmarks.__main__ import build_parser
 from benchmarks.targets import parse_target
+from projects.photo_digits.demo_page import STEPS, processor_name, write_report
 from projects.photo_digits.pictures import encode_picture
-from projects.photo_digits.report import STEPS, processor_name, write_report
 from soft_mm.runner import runner_parser
 from soft_mm.utils import build_model, without_pretrained
 
