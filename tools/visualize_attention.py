@@ -1,9 +1,14 @@
-"""Draw rows of the attention matrix over an image: how much a query pixel attends to every other pixel, per head."""
+"""Draw rows of the attention matrix over an image: what a query pixel attends to, compared with the average pixel.
+
+Each map shows a row minus its multiple of the mean row of the head, in units of the mean row's mean weight: red where
+the query attends more than the average pixel does, blue where it attends less. The title has the multiple. A ring marks
+the query. The rows are without the local branch, a convolution over the tokens in the dashed square.
+"""
 
 import argparse
 import re
 
-from soft_mm.attention_maps import draw_attention, image_attention
+from soft_mm.attention_maps import draw_attention, image_attention, local_window
 from soft_mm.inference import find_images, load_model, read_image
 
 
@@ -30,8 +35,9 @@ def main():
             raise ValueError(f'{args.image} holds {len(images)} images; give one image file')
         image = read_image(images[0])
         model = load_model(args.config, args.checkpoint)
-        rows = image_attention(model, image, args.points, args.stage, args.block)
-        draw_attention(image, rows, args.points, args.out, args.head)
+        rows, mean = (image_attention(model, image, points, args.stage, args.block) for points in (args.points, None))
+        window = local_window(model, args.stage, args.block)
+        draw_attention(image, rows, args.points, args.out, args.head, mean, window)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f'written: {args.out}')

@@ -28,6 +28,18 @@ def read_scalars(work_dir):
     return records
 
 
+def read_losses(work_dir):
+    """Read the training losses of all runs in a work dir.
+
+    Args:
+        work_dir (str | Path): See :func:`read_scalars`.
+
+    Returns:
+        list[tuple[int, float]]: Iterations and losses.
+    """
+    return [(record['step'], record['loss']) for record in read_scalars(work_dir) if 'loss' in record]
+
+
 def last_checkpoint(work_dir):
     """Return the newest checkpoint of a work dir.
 

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from projects.common.jobs import resumable_job
-from projects.common.run_logs import last_checkpoint
+from projects.common.run_logs import last_checkpoint, read_losses
 from projects.common.training import Task, train_task
 from soft_mm.export import export_onnx
 from soft_mm.onnx_model import import_extra
 from soft_mm.utils import write_json
 
 from .dataset_files import MANIFEST, export_photo_digits
-from .pictures import draw_loss_curves, draw_predictions
+from .demo_page import write_report
+from .pictures import draw_attention_rows, draw_loss_curves, draw_predictions
 
 DATA = Path('data/photo_digits_demo')
 NUM_VAL = dict(num_crops=1000, num_scenes=200)
@@ -43,7 +44,7 @@ _EXPORTS = ((CLASSIFICATION, 64, 'val/crops'), (SEGMENTATION, 256, 'val/scenes/i
 
 
 def run_demo(work_dir='work_dirs/demo', from_scratch=False):
-    """Train all models of the demo, draw the pictures, and write ``summary.json``.
+    """Train all models of the demo, draw the pictures, and write ``summary.json`` and ``report.html``.
 
     Args:
         work_dir (str | Path): Folder of all results. Only the data set is written elsewhere, to
@@ -78,15 +79,25 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
             pretrained = last_checkpoint(work_dir / task.name)
     console.rule('pictures')
     draw_loss_curves({task.name: work_dir / task.name for task in tasks}, work_dir / 'loss_curves.png')
+    scenes = {}
     for task in (DETECTION, SEGMENTATION):
         picture = work_dir / f'{task.name}.png'
+        checkpoint = last_checkpoint(work_dir / task.name)
         # mmengine shares visualizers of the same name within a process, so each toolbox draws in a separate process.
-        _in_new_process(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture)
+        scenes[task.name] = _in_new_process(draw_predictions, task.config_file, checkpoint, picture)
+    checkpoint = last_checkpoint(work_dir / DETECTION.name)
+    attention = _in_new_process(
+        draw_attention_rows, DETECTION.config_file, checkpoint, work_dir / 'attention.png', DATA / 'val/scenes'
+    )
     summary['versions'] = _versions()
     path = work_dir / 'summary.json'
     write_json(path, summary)
+    losses = {task.name: read_losses(work_dir / task.name) for task in tasks}
+    write_report(work_dir / 'report.html', summary, losses, scenes, attention)
     _print_summary(summary, console)
-    console.print(f'Results: {path}; pictures in the same folder: loss_curves.png, detection.png, segmentation.png')
+    pictures = 'loss_curves.png, detection.png, segmentation.png, attention.png'
+    console.print(f'Results: {path}; pictures in the same folder: {pictures}')
+    console.print(f'Everything on one page, to open in a browser: {work_dir / "report.html"}')
     if not from_scratch:
         _export(work_dir, console)
     return summary

@@ -279,8 +279,8 @@ class BaseAttention(TokenAttention):
             out = out + self.local(merge_heads(projected[-1]), grid)
         return self.proj(out)
 
-    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
-        """Compute rows of the attention matrix, without the local branch.
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:
+        """Compute rows of the attention matrix or their mean, without the local branch.
 
         The output is linear in the values, so a row is the gradient of the output with respect to the values. Nothing
         of size ``n x n`` is formed. The last output of :meth:`project` must be the values.
@@ -288,10 +288,10 @@ class BaseAttention(TokenAttention):
         Args:
             x (Tensor): Tokens ``(1, n, C)`` of one image.
             grid (tuple[int, ...]): ``(H, W)``, or ``(n,)`` with ``grid_dims=1``.
-            points (list[int]): Indices of the query tokens.
+            points (list[int] | None): Indices of the query tokens. None: the mean row of all query tokens.
 
         Returns:
-            Tensor: ``(len(points), h, H, W)``.
+            Tensor: ``(len(points), h, H, W)``, or ``(1, h, H, W)`` for the mean row.
         """
         grid = self.map_grid(grid, x.shape[1])
         with torch.no_grad():
@@ -356,22 +356,23 @@ class SharedQKAttention(BaseAttention):
         return tuple(split_heads(part, self.num_heads) for part in self.qv(x))
 
 
-def value_gradients(attend: Callable[[Tensor], Tensor], v: Tensor, points: Sequence[int]) -> Tensor:
-    """Compute rows of an attention matrix by differentiating the output with respect to the values.
+def value_gradients(attend: Callable[[Tensor], Tensor], v: Tensor, points: Sequence[int] | None) -> Tensor:
+    """Compute rows of an attention matrix, or their mean, by differentiating the output with respect to the values.
 
     Args:
         attend (Callable[[Tensor], Tensor]): Attention as a function of its values ``(1, h, n, d)``.
         v (Tensor): Values ``(1, h, n, d)``. Only shape, dtype and device matter.
-        points (list[int]): Indices of the rows.
+        points (list[int] | None): Indices of the rows. None: the mean of all rows.
 
     Returns:
-        Tensor: ``(len(points), h, n)``.
+        Tensor: ``(len(points), h, n)``, or ``(1, h, n)`` for the mean.
     """
     # The matrix is the same for all channels, so one channel is enough.
     values = v[..., :1].detach().clone().requires_grad_()
     with torch.enable_grad():
-        out = attend(values.expand_as(v).contiguous())
-        rows = [torch.autograd.grad(out[0, :, point, 0].sum(), values, retain_graph=True)[0] for point in points]
+        out = attend(values.expand_as(v).contiguous())[0, ..., 0]
+        outputs = [out.mean(1)] if points is None else [out[:, point] for point in points]
+        rows = [torch.autograd.grad(output.sum(), values, retain_graph=True)[0] for output in outputs]
     return torch.stack(rows)[:, 0, ..., 0].detach()
 
 

@@ -3,6 +3,7 @@
 Every type takes ``embed_dims``, ``num_heads``, ``ratio`` and ``conv_size``. Unused arguments are ignored.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,6 +30,8 @@ from .base import (
 _backward_pass: Callable[[], int] = getattr(torch._C, '_current_graph_task_id', lambda: -1)
 # Number of patches along a side in stages 1 to 3 at 224x224 pixels.
 _PATCHES = 7
+# Number of queries whose rows of the Gaussian kernel are summed at a time.
+_QUERIES = 32
 
 
 class _QKVAttention(BaseAttention):
@@ -291,8 +294,8 @@ class SpatialReductionAttention(BaseAttention):
         k, v = (split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1))
         return k, v, grid
 
-    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
-        """Compute rows of the attention matrix, see :meth:`BaseAttention.rows`.
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:
+        """Compute rows of the attention matrix or their mean, see :meth:`BaseAttention.rows`.
 
         The weight of a coarse token is shared equally by the tokens of its patch. Tokens outside all patches have the
         weight 0.
@@ -356,9 +359,15 @@ class GaussianKernelAttention(SharedQKAttention):
         # Masked values are 0 already, so they add nothing to the sum.
         return ops.gaussian_attention(q, v)
 
-    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
-        """Compute rows of the kernel directly from the queries, see :meth:`BaseAttention.rows`."""
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:
+        """Compute rows of the kernel or their mean directly from the queries, see :meth:`BaseAttention.rows`."""
         grid = self.map_grid(grid, x.shape[1])
         with torch.no_grad():
             q, _ = self.project(x, grid)
-            return ops.gaussian_kernel(q[:, :, points], q)[0].transpose(0, 1).unflatten(-1, grid)
+            if points is None:
+                # In parts, so that nothing of size n x n is formed.
+                parts = (ops.gaussian_kernel(part, q).sum(2, keepdim=True) for part in q.split(_QUERIES, dim=2))
+                rows = functools.reduce(torch.add, parts) / q.shape[2]
+            else:
+                rows = ops.gaussian_kernel(q[:, :, points], q)
+            return rows[0].transpose(0, 1).unflatten(-1, grid)
