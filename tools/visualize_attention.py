@@ -4,6 +4,7 @@ import argparse
 import re
 
 from soft_mm.attention_maps import draw_attention, image_attention
+from soft_mm.config_errors import add_traceback_option, config_errors
 from soft_mm.inference import find_images, load_model, read_image
 
 
@@ -23,13 +24,15 @@ def main():
     parser.add_argument('--block', type=int, default=-1, help='block of the stage, counted from 0 (default: the last)')
     parser.add_argument('--head', type=int, nargs='+', help='heads, counted from 0 (default: all)')
     parser.add_argument('--out', default='attention.png', help='picture to write (default: %(default)s)')
+    add_traceback_option(parser)
     args = parser.parse_args()
     try:
         images = find_images(args.image)
         if len(images) > 1:
             raise ValueError(f'{args.image} holds {len(images)} images; give one image file')
         image = read_image(images[0])
-        model = load_model(args.config, args.checkpoint)
+        with config_errors(args.config, args.traceback):
+            model = load_model(args.config, args.checkpoint)
         rows = image_attention(model, image, args.points, args.stage, args.block)
         draw_attention(image, rows, args.points, args.out, args.head)
     except (OSError, ValueError) as error:
