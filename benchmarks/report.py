@@ -82,6 +82,8 @@ def sweep_report(rows, options, peer=None):
 def print_report(report, console):
     """Print the rows and the growth exponents of a report as tables.
 
+    The status of a point, such as ``'out of memory'``, has a column of its own. Messages of errors follow the table.
+
     Args:
         report (dict): Output of :func:`sweep_report`.
         console (rich.console.Console): Console to print to.
