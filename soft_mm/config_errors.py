@@ -103,8 +103,7 @@ def config_place(error: BaseException, config: str | Path) -> str | None:
     if 'merge_from_dict' in names:
         return f'{config}: --cfg-options'
     loops = (frame for frame in frames if frame.f_globals['__name__'] == 'mmengine.runner.loops')
-    running = any(frame.f_code.co_name == 'run' for frame in loops)
-    if running:
+    if any(frame.f_code.co_name == 'run' for frame in loops):
         return None
     if _missing_key(error):
         return str(config)

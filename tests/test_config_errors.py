@@ -17,7 +17,7 @@ param_scheduler = []
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 """
-PYRAMID = """
+NO_DATA = """
 data_root = 'data/none'
 train_dataloader = dict(dataset=dict(data_root=data_root))
 model = dict(backbone=dict(init_cfg=None))
@@ -47,7 +47,7 @@ WRONG = [
         r"model\.type: mmfoo\.Encoder is not in the .*, because mmfoo cannot be imported: No module named 'mmfoo'$",
     ),
     (FPN, "default_scope = 'mmfoo'", r'visualizer\.type: .*, because mmfoo cannot be imported: No module named'),
-    (FPN, PYRAMID, r"train_dataloader\.dataset: .*'data/none/images/training'; if it .*, set data_root of train_data"),
+    (FPN, NO_DATA, r"train_dataloader\.dataset: .*'data/none/images/training'; if it .*, set data_root of train_data"),
     (FPN, 'x = undefined + 1', r"line 2: NameError: name 'undefined' is not defined \(--traceback shows the code\)$"),
     (FPN, 'model = dict(backbone=dict(', r"line 2: '\(' was never closed: model = dict\(backbone=dict\($"),
     (
@@ -79,12 +79,14 @@ def write_config(path, base, lines):
     return path.name
 
 
-@pytest.mark.parametrize(('base', 'lines', 'message'), WRONG)
-def test_file_and_key_are_named(base, lines, message, workspace, monkeypatch):
+@pytest.mark.parametrize('number', range(len(WRONG)))
+def test_file_and_key_are_named(number, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    name = write_config(workspace / 'wrong.py', base, lines)
+    base, lines, message = WRONG[number]
+    # Runners of one name that start in the same second share their default scope.
+    name = write_config(workspace / f'wrong{number}.py', base, lines)
     said = run_tool('train.py', name, '--work-dir', 'work_dirs/wrong').returncode
-    assert isinstance(said, str) and re.match(rf'wrong\.py: {message}', said), said
+    assert isinstance(said, str) and re.match(rf'wrong{number}\.py: {message}', said), said
     assert len(said.splitlines()) == 1
 
 
@@ -112,7 +114,7 @@ def test_exit_code_and_traceback(tmp_path):
 
 def test_traceback_of_an_error_that_has_a_message_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = write_config(tmp_path / 'wrong.py', FPN, PYRAMID)
+    name = write_config(tmp_path / 'wrong.py', FPN, NO_DATA)
     with pytest.raises(FileNotFoundError, match='data/none/images/training'):
         run_tool('train.py', name, '--traceback')
 

@@ -144,7 +144,8 @@ def test_missing_weights_are_named_with_the_command_that_makes_them(workspace):
     arguments = ('model.backbone.init_cfg.checkpoint=none.pth', *OPTIONS)
     done = tool('train.py', config, '--work-dir', 'missing', '--cfg-options', *arguments, cwd=workspace)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("init_cfg names the checkpoint 'none.pth', which does not exist")
+    message = f"{config}: model.backbone.init_cfg: init_cfg names the checkpoint 'none.pth', which does not exist"
+    assert done.stderr.splitlines()[-1].startswith(message)
     command = f'`python {ROOT / "tools/convert_checkpoint.py"} SRC none.pth`'
     assert command in done.stderr and 'data_root' not in done.stderr
 

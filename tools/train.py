@@ -53,7 +53,7 @@ def main():
         with full_disk(cfg.work_dir):
             runner = build_runner(cfg)
             try:
-                check_normalized(content, normalized_options(runner.model), cfg.load_from)
+                check_normalized(content, normalized_options(runner.model), cfg.get('load_from'))
             except ValueError as error:
                 parser.error(str(error))
             runner.train()

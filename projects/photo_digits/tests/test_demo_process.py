@@ -129,7 +129,7 @@ def start(tmp_path, environment):
         process.wait()
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, 'it did not happen in time'
