@@ -54,7 +54,7 @@ class Numbers(torch.utils.data.Dataset):
         return 16
 
     def __getitem__(self, index):
-        return torch.linspace(index, 1, 4)
+        return dict(inputs=torch.linspace(index, 1, 4))
 
 
 @MODELS.register_module()
