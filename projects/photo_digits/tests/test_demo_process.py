@@ -61,7 +61,7 @@ class Numbers(torch.utils.data.Dataset):
 class SlowModel(BaseModel):
     def __init__(self, name, backbone=None):
         super().__init__()
-        self.name, self.layer = name, torch.nn.Linear(4, 1)
+        self.name, self.layer, self.count = name, torch.nn.Linear(4, 1), 0
 
     def forward(self, inputs, mode='tensor'):
         if mode != 'loss':
@@ -69,6 +69,10 @@ class SlowModel(BaseModel):
         time.sleep(0.05)
         with open('steps.txt', 'a') as file:
             file.write(f'{self.name}\\n')
+        self.count += 1
+        # A test lets a training wait at a step of this process.
+        while os.path.isfile('hold') and open('hold').read() == f'{self.name} {self.count}':
+            time.sleep(0.05)
         return dict(loss=self.layer(inputs).square().mean())
 
 
@@ -109,9 +113,10 @@ def start(tmp_path, environment):
     """Start the small demo in a folder. A process that is left at the end of a test is killed."""
     started = []
 
-    def run(folder='one', crops=4):
+    def run(folder='one', crops=4, hold=''):
         folder = tmp_path / folder
         folder.mkdir(exist_ok=True)
+        (folder / 'hold').write_text(hold)
         (folder / 'program.py').write_text(PROGRAM)
         (folder / 'slow_model.py').write_text(MODULE)
         for name in TASKS:
@@ -189,8 +194,9 @@ def assert_same_weights(found, expected):
 
 def test_signals_and_a_second_demo(start):
     """SIGTERM in the first training, SIGINT in the second. A second demo is refused while the first trains."""
-    folder, demo = start()
-    wait_for(lambda: len(steps(folder)) > INTERVAL + 2)
+    held = INTERVAL + 3
+    folder, demo = start(hold=f'classification {held}')
+    wait_for(lambda: len(steps(folder)) == held)
     command = [sys.executable, 'program.py', '4']
     second = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert second.returncode == 1 and second.stdout == ''
@@ -199,19 +205,22 @@ def test_signals_and_a_second_demo(start):
     )
     demo.send_signal(signal.SIGTERM)
     assert_interrupted(folder, demo)
-    assert 0 < len(steps(folder)) < STEPS
-    _, demo = start()
-    wait_for(lambda: steps(folder).count('detection') > INTERVAL + 2)
+    assert len(steps(folder)) == held
+    _, demo = start(hold=f'detection {held}')
+    wait_for(lambda: steps(folder).count('detection') == held)
     demo.send_signal(signal.SIGINT)
     assert_interrupted(folder, demo)
     _, demo = start()
     assert_finished(folder, demo, interruptions=2)
     assert 'classification: already finished' in output(folder)
+    # Each training went on from the checkpoint before its interruption.
+    repeated = held - INTERVAL
+    assert [steps(folder).count(task) for task in TASKS] == [STEPS + repeated, STEPS + repeated, STEPS]
 
 
 def test_killed_demo_leaves_no_lock_but_its_training_does(start):
-    folder, demo = start()
-    wait_for(lambda: len(steps(folder)) > 2)
+    folder, demo = start(hold='classification 3')
+    wait_for(lambda: len(steps(folder)) == 3)
     demo.kill()
     demo.wait()
     (training,) = [pid for pid in processes_in(folder) if b'train.py' in Path(f'/proc/{pid}/cmdline').read_bytes()][:1]
