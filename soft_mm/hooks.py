@@ -8,13 +8,15 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmengine.dataset import DefaultSampler
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_text, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
-from torch.nn import ModuleList
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from soft_mm.registry import HOOKS
@@ -154,6 +156,105 @@ class MissingGradientHook(Hook):
             )
 
 
+def _batch_size(loader: Any) -> int:
+    """Count the images of an ordinary batch of a dataloader in this process. 0 if it is unknown."""
+    # PyTorch gives no batch_size if there is a batch sampler of a toolbox.
+    return getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size or 0
+
+
+def _smallest_batch(loader: Any) -> int:
+    """Count the images of the smallest batch of a dataloader in this process. 0 if it is unknown."""
+    size, batches = _batch_size(loader), loader.batch_sampler
+    sampler = getattr(batches, 'sampler', None)
+    # Other samplers of mmengine are endless.
+    rest = len(sampler) % size if size and isinstance(sampler, DefaultSampler) and not batches.drop_last else 0
+    return rest or size
+
+
+def _single_value_norms(model: nn.Module) -> Iterator[str]:
+    """Yield the names of BatchNorms that compute with one value per image and channel, after a pooling to 1x1."""
+    for name, module in model.named_modules():
+        pooled = False
+        for part_name, part in module.named_children() if isinstance(module, nn.Sequential) else ():
+            if isinstance(part, nn.AdaptiveAvgPool2d):
+                pooled = part.output_size in (1, (1, 1), [1, 1])
+            elif pooled:
+                for norm_name, norm in part.named_modules(prefix=f'{name}.{part_name}'.lstrip('.')):
+                    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
+                        yield norm_name
+
+
+@HOOKS.register_module()
+class BatchNormCheckHook(Hook):
+    """Stop before the first step if a BatchNorm would get a single value per channel.
+
+    It finds an ``nn.AdaptiveAvgPool2d`` to 1x1 that is followed by a BatchNorm in training mode in the same
+    ``nn.Sequential``, as in the pyramid pooling of UperNet and PSPNet and the image pooling of DeepLabv3. Such a
+    BatchNorm needs two images, of one process, or of all processes if it is synchronised. ``tools/train.py`` uses this
+    hook.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the model and the smallest batch.
+
+        Raises:
+            DataError: If a BatchNorm would get a single value per channel.
+        """
+        # As the training loop does, so that modules that stay in evaluation mode are left out.
+        runner.model.train()
+        images = _smallest_batch(runner.train_dataloader)
+        for name in _single_value_norms(runner.model) if images == 1 else ():
+            synchronised = isinstance(runner.model.get_submodule(name), nn.SyncBatchNorm)
+            if not synchronised or runner.world_size == 1:
+                raise DataError(batchnorm_needs_images(f' of {name}', _batch_size(runner.train_dataloader)))
+
+
+def batchnorm_needs_images(place: str = '', batch_size: int | None = None) -> str:
+    """Write the message for a BatchNorm that gets a single value per channel.
+
+    Args:
+        place (str): The BatchNorm. Defaults to ''.
+        batch_size (int | None): Batch size of the training. Defaults to None: unknown.
+
+    Returns:
+        str: The message.
+    """
+    if batch_size in (1, None):
+        remedy = 'Set train_dataloader.batch_size to 2 or more'
+    else:
+        remedy = f'The last batch of {batch_size} has one image: set train_dataloader.drop_last=True'
+    return (
+        f'BatchNorm{place} cannot be trained on one image, because it gets a single value per channel. {remedy}, or '
+        "train on several GPUs with SyncBN, or set norm_cfg=dict(type='GN', num_groups=32) in this part of the model, "
+        'or norm_eval=True if it belongs to a backbone. Accumulated gradients do not help'
+    )
+
+
+@HOOKS.register_module()
+class ScaledRateHook(Hook):
+    """Log the learning rate that ``auto_scale_lr`` gave, once, before the first step.
+
+    ``tools/train.py --auto-scale-lr`` uses this hook.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Log the rate of the config and the rate of the optimiser, with their batch sizes."""
+        wrapper = runner.optim_wrapper
+        wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        images = _batch_size(runner.train_dataloader)
+        for optimizer in (part.optimizer for part in wrappers):
+            # Schedulers have changed `lr` already.
+            rates = [group.get('initial_lr', group['lr']) for group in optimizer.param_groups]
+            found = f'{min(rates):.4g}' if min(rates) == max(rates) else f'{min(rates):.4g} to {max(rates):.4g}'
+            processes = '1 process' if runner.world_size == 1 else f'{runner.world_size} processes'
+            print_log(
+                f'--auto-scale-lr: the config has the learning rate {optimizer.defaults["lr"]:.4g} for '
+                f'{runner.auto_scale_lr["base_batch_size"]} images a step; with {runner.world_size * images} images '
+                f'({processes}, {images} images each), it is {found}',
+                'current',
+            )
+
+
 def _inner_datasets(dataset: Any) -> Iterator[Any]:
     """Yield a data set, or those inside wrappers such as ``ConcatDataset``."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
@@ -241,7 +342,7 @@ def _classes_of_head(model: Any) -> tuple[int, int | None, str]:
         getattr(model, 'head', None),
     ):
         # A cascade has a list of heads.
-        head = head[-1] if isinstance(head, ModuleList) else head
+        head = head[-1] if isinstance(head, nn.ModuleList) else head
         count = getattr(head, 'num_classes', None)
         # A head of region proposals has one class for all labels.
         if isinstance(count, int) and 'RPN' not in type(head).__name__:

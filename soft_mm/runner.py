@@ -24,7 +24,8 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .checkpoints.reading import is_address
-from .hooks import no_images
+from .config_errors import add_traceback_option
+from .hooks import batchnorm_needs_images, no_images
 from .registry import find_registered
 from .utils import DataError, dicts_in, inner_dataset, read_config
 
@@ -50,6 +51,7 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings of the config'
     )
+    add_traceback_option(parser)
     return parser
 
 
@@ -168,6 +170,21 @@ def check_resume(checkpoint: dict[str, Any], path: str) -> None:
             f"{path} is refused: to resume, meta must be a dict without the entry 'config', which mmengine would run "
             'as code. Give a checkpoint of mmengine, or start from it by load_from without resume'
         )
+
+
+def use_mixed_precision(optim_wrapper: dict[str, Any]) -> None:
+    """Train in mixed precision, on the GPU by mmengine's ``AmpOptimWrapper``, otherwise by ``CPUAmpOptimWrapper``.
+
+    Args:
+        optim_wrapper (dict): Config of the optimiser's wrapper, changed in place.
+    """
+    if get_device() == 'cpu':
+        optim_wrapper['type'] = 'soft_mm.CPUAmpOptimWrapper'
+        # For the loss in float16.
+        optim_wrapper.pop('loss_scale', None)
+    else:
+        optim_wrapper['type'] = 'AmpOptimWrapper'
+        optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
 def use_test_time_augmentation(cfg: Config) -> None:
@@ -347,6 +364,8 @@ def data_errors() -> Iterator[None]:
     except DataError as error:
         sys.exit(str(error))
     except ValueError as error:
+        if str(error).startswith('Expected more than 1 value per channel when training'):
+            sys.exit(batchnorm_needs_images())
         # mmengine concatenates the images of a data set, which fails in NumPy without any.
         dataset = _local_in_traceback(error, 'self', function='_serialize_data')
         if dataset is None or 'need at least one array to concatenate' not in str(error):

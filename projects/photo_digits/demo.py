@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from projects.common.jobs import resumable_job
+from projects.common.locks import folder_lock
 from projects.common.run_logs import last_checkpoint, read_losses
 from projects.common.training import Task, train_task
 from soft_mm.export import export_onnx
@@ -61,8 +62,13 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
     console = Console()
     work_dir = Path(work_dir)
     console.rule('photo-digits: validation data')
-    if not export_photo_digits(DATA, splits=('val',), **NUM_VAL):
-        console.print(f'{DATA} is already complete')
+    # The demo from scratch uses the same data.
+    with folder_lock(DATA):
+        found = (DATA / MANIFEST).is_file()
+        if not export_photo_digits(DATA, splits=('val',), **NUM_VAL):
+            console.print(f'{DATA} is already complete')
+        elif found:
+            console.print(f'{DATA} was incomplete or had other options, so it has been written again')
     summary = {}
     pretrained = None
     tasks = (DETECTION, SEGMENTATION) if from_scratch else (CLASSIFICATION, DETECTION, SEGMENTATION)
@@ -123,7 +129,13 @@ def _export(work_dir, console):
 
 def _in_new_process(function, *arguments, **options):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
-        return pool.submit(function, *arguments, **options).result()
+        try:
+            return pool.submit(function, *arguments, **options).result()
+        except KeyboardInterrupt:
+            # Otherwise the pool waits for the function.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _versions():
@@ -152,8 +164,9 @@ def main():
         help='train the detector and the segmentor from random initialisation, in work_dirs/demo-scratch',
     )
     args = parser.parse_args()
-    with resumable_job():
-        run_demo('work_dirs/demo-scratch' if args.from_scratch else 'work_dirs/demo', args.from_scratch)
+    work_dir = 'work_dirs/demo-scratch' if args.from_scratch else 'work_dirs/demo'
+    with resumable_job(), folder_lock(work_dir):
+        run_demo(work_dir, args.from_scratch)
 
 
 if __name__ == '__main__':
