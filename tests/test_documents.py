@@ -78,17 +78,24 @@ def python_blocks(document):
     return re.findall(r'^```python\n(.*?)^```', read(document), re.DOTALL | re.MULTILINE)
 
 
+def file_name(block):
+    """Return the name of the file that an example shows, which is its first line. None for other examples."""
+    match = re.match(r'# (\w+\.py)\n', block)
+    return match and match[1]
+
+
 def programs(document):
     """Return the Python examples of a document. Examples without imports are configs."""
-    return [block for block in python_blocks(document) if re.search(r'^(import|from) ', block, re.MULTILINE)]
+    blocks = (block for block in python_blocks(document) if not file_name(block))
+    return [block for block in blocks if re.search(r'^(import|from) ', block, re.MULTILINE)]
 
 
-def write_configs(document, folder):
-    """Write the config examples of a document whose first line is a file name. Return the files."""
+def write_files(document, folder):
+    """Write the examples of a document whose first line is a file name. Return the files."""
     files = []
     for block in python_blocks(document):
-        if match := re.match(r'# (my_\w+\.py)\n', block):
-            files.append(folder / match[1])
+        if name := file_name(block):
+            files.append(folder / name)
             files[-1].write_text(block)
     return files
 
@@ -131,7 +138,7 @@ def test_broken_link_and_missing_program_are_found():
 )
 def test_config_example_builds_in_another_folder(document, config, tmp_path):
     """In a new process that imports only the toolbox: mmengine must import the plugin."""
-    assert tmp_path / config in write_configs(ROOT / document, tmp_path)
+    assert tmp_path / config in write_files(ROOT / document, tmp_path)
     code = f"""
 import importlib, torch
 from mmengine.config import Config
@@ -234,7 +241,7 @@ def test_python_examples_run(document, request):
 )
 def test_mistake_in_a_config_has_the_documented_message(message, old, new, tmp_path):
     assert f'`{message}' in read(GUIDE)
-    config = write_configs(GUIDE, tmp_path)[0]
+    config = write_files(GUIDE, tmp_path)[0]
     text = read(config).replace('init_cfg=weights', 'init_cfg=None')
     assert old in text
     config.write_text(text.replace(old, new))
