@@ -218,13 +218,16 @@ def _steps(pipeline: Any) -> Iterator[Any]:
         yield from _steps(step)
 
 
-def _check_annotations(content: dict[str, Any], file: str, mode: str) -> None:
+def _check_annotations(content: dict[str, Any], file: str, evaluated: bool) -> None:
     """Find annotations that mmdet would leave out without a word, or on which pycocotools would fail.
 
     Args:
         content (dict): Content of a COCO file, which mmdet has read.
         file (str): Name of the file.
-        mode (str): ``'train'``, ``'val'`` or ``'test'``.
+        evaluated (bool): pycocotools reads the file too.
+
+    Raises:
+        DataError: If an annotation has an unknown category, or pycocotools would fail. Others are warnings.
     """
     known = {category['id'] for category in content['categories']}
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
@@ -233,14 +236,14 @@ def _check_annotations(content: dict[str, Any], file: str, mode: str) -> None:
     if wrong:
         numbers = sorted({annotation['category_id'] for annotation in wrong}, key=str)[:10]
         raise DataError(
-            f'{file}: {len(wrong)} annotations have the category_id {", ".join(map(str, numbers))}, which is the id of no '
-            f'category: the ids are {", ".join(map(str, sorted(known, key=str)[:20]))}. mmdet would leave them out. '
+            f'{file}: {len(wrong)} annotations have the category_id {", ".join(map(str, numbers))}, which is the id of '
+            f'no category: the ids are {", ".join(map(str, sorted(known, key=str)[:20]))}. mmdet would leave them out. '
             'Correct category_id, or add the categories'
         )
-    incomplete = [annotation for annotation in annotations if 'iscrowd' not in annotation]
-    if incomplete and mode != 'train':
+    incomplete = sum('iscrowd' not in annotation for annotation in annotations)
+    if incomplete and evaluated:
         raise DataError(
-            f'{file}: {len(incomplete)} annotations have no iscrowd, without which pycocotools cannot evaluate: set it to 0'
+            f'{file}: {incomplete} annotations have no iscrowd, without which pycocotools cannot evaluate: set it to 0'
         )
     left_out, beyond = 0, 0
     for annotation in annotations:
@@ -252,28 +255,28 @@ def _check_annotations(content: dict[str, Any], file: str, mode: str) -> None:
         beyond += inside and (min(x, y) < -1 or x + width > whole_width + 1 or y + height > whole_height + 1)
     if left_out:
         print_log(
-            f'{file}: {left_out} of {len(annotations)} annotations are left out: their image is not in the file, or the '
-            'box lies outside of it or is narrower than a pixel, or their area is 0',
+            f'{file}: {left_out} of {len(annotations)} annotations are left out: their image is not in the file, or '
+            'the box lies outside of it or is narrower than a pixel, or their area is 0',
             'current',
             logging.WARNING,
         )
     if beyond:
         print_log(
-            f'{file}: {beyond} of {len(annotations)} boxes reach beyond their image: bbox must be [x, y, width, height] '
-            'in pixels, with x and y of the upper left corner',
+            f'{file}: {beyond} of {len(annotations)} boxes reach beyond their image: bbox must be '
+            '[x, y, width, height] in pixels, with x and y of the upper left corner',
             'current',
             logging.WARNING,
         )
 
 
-def _check_categories(dataset: Any, mode: str) -> None:
+def _check_categories(dataset: Any, mode: str, evaluated: bool = False) -> None:
     """Compare the classes of mmdet's ``CocoDataset`` with the categories of its file, and check its annotations."""
     classes = _classes(dataset)
     if classes is None or not _is_coco(dataset):
         return
     # mmdet does not keep the categories.
     content = json.loads(get_text(dataset.ann_file, backend_args=dataset.backend_args))
-    _check_annotations(content, dataset.ann_file, mode)
+    _check_annotations(content, dataset.ann_file, evaluated)
     names = {category['id']: category['name'] for category in content['categories']}
     found = [names[number] for number in dataset.cat_ids]
     missing = [name for name in classes if name not in found]
@@ -315,8 +318,8 @@ def _coco_sizes(dataset: Any) -> dict[str, tuple[int, int]]:
             sizes[info['img_path']] = (info['height'], info['width'])
             if with_mask and not all('mask' in instance for instance in info['instances']):
                 raise DataError(
-                    f'{part.ann_file}: annotations of {info["img_path"]} have no segmentation, but the config reads masks: '
-                    'add polygons, or use a model and pipelines without masks'
+                    f'{part.ann_file}: annotations of {info["img_path"]} have no segmentation, but the config reads '
+                    'masks: add polygons, or use a model and pipelines without masks'
                 )
     return sizes
 
@@ -335,8 +338,8 @@ def _check_same_classes(classes: list[Any] | None, origin: str, dataset: Any) ->
         raise DataError(
             f'{_name(dataset)}: the class {moved[0]} has the label {own.index(moved[0])}, but {origin} has '
             f'{classes.index(moved[0])}. The classes are {", ".join(map(str, own[:20]))}, and there '
-            f'{", ".join(map(str, classes[:20]))}. Folders of classes are numbered in alphabetical order: every split needs '
-            'the same folders. An empty one will do'
+            f'{", ".join(map(str, classes[:20]))}. Folders of classes are numbered in alphabetical order: every split '
+            'needs the same folders. An empty one will do'
         )
 
 
@@ -369,13 +372,13 @@ def _check_label_map(sample: BaseDataElement, labels: torch.Tensor, eight_bits: 
         if image.size != (width, height):
             raise DataError(
                 f'{path} has {image.size[0]}x{image.size[1]} pixels, but its image {sample.get("img_path")} has '
-                f'{width}x{height}. Make a label map of the same size, without interpolation between labels. Photographs '
-                'with an EXIF orientation are turned upright when they are read'
+                f'{width}x{height}. Make a label map of the same size, without interpolation between labels. '
+                'Photographs with an EXIF orientation are turned upright when they are read'
             )
         if eight_bits and image.mode[0] in 'IF' and (largest := np.asarray(image).max()) > 255:
             raise DataError(
-                f'{path} has labels up to {largest}, but mmsegmentation reads 8 bits, so 256 becomes 0: use the numbers 0 '
-                'to 254, and 255 for pixels to ignore'
+                f'{path} has labels up to {largest}, but mmsegmentation reads 8 bits, so 256 becomes 0: use the '
+                'numbers 0 to 254, and 255 for pixels to ignore'
             )
 
 
@@ -435,7 +438,7 @@ class DataCheckHook(Hook):
         self._check_dataset(dataset, 'train')
         if runner.val_loop is not None:
             _check_same_classes(_classes(dataset), 'the training', runner.val_dataloader.dataset)
-            self._check_dataset(runner.val_dataloader.dataset, 'val')
+            self._check_dataset(runner.val_dataloader.dataset, 'val', runner.val_loop)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Remember the classes of the training."""
@@ -452,14 +455,17 @@ class DataCheckHook(Hook):
         """
         dataset = runner.test_dataloader.dataset
         _check_same_classes(self._trained_classes, 'the training of the checkpoint', dataset)
-        self._check_dataset(dataset, 'test')
+        self._check_dataset(dataset, 'test', runner.test_loop)
 
-    def _check_dataset(self, dataset: Any, mode: str) -> None:
+    def _check_dataset(self, dataset: Any, mode: str, loop: Any = None) -> None:
         if hasattr(dataset, '__len__') and len(dataset) == 0:
             raise DataError(no_images(next(_inner_datasets(dataset))))
         if is_main_process():
+            metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
+            # Without a file of its own, mmdet's metric writes complete annotations.
+            evaluated = any(getattr(metric, '_coco_api', None) is not None for metric in metrics)
             for part in _inner_datasets(dataset):
-                _check_categories(part, mode)
+                _check_categories(part, mode, evaluated)
         self._sizes.update(_coco_sizes(dataset))
 
     def _check_files(self, sample: BaseDataElement, labels: torch.Tensor | None, dataset: Any) -> None:
@@ -472,9 +478,9 @@ class DataCheckHook(Hook):
         found = tuple(sample.get('ori_shape', ()))[:2]
         if expected and found and found != expected:
             raise DataError(
-                f'{files[0]} has {found[1]}x{found[0]} pixels, but the annotation file gives {expected[1]}x{expected[0]}. Boxes '
-                'and masks would be at wrong places: scale the annotations to the image. Photographs with an EXIF '
-                'orientation are turned upright when they are read'
+                f'{files[0]} has {found[1]}x{found[0]} pixels, but the annotation file gives '
+                f'{expected[1]}x{expected[0]}. Boxes and masks would be at wrong places: scale the annotations to the '
+                'image. Photographs with an EXIF orientation are turned upright when they are read'
             )
         if labels is not None:
             module = sys.modules.get('mmseg.datasets.transforms')

@@ -341,7 +341,7 @@ def data_errors() -> Iterator[None]:
         dataset = _local_in_traceback(error, 'self', function='parse_data_info')
         if dataset is None:
             raise
-        sys.exit(f'{getattr(dataset, "ann_file", "an annotation file")}: an annotation has no {error}: add it')
+        sys.exit(f'{getattr(dataset, "ann_file", "annotation file")}: an image or annotation has no {error}: add it')
     except RuntimeError as error:
         # The data sets of mmpretrain stop here if there is no image.
         if 'Found 0 files in subfolders of' not in str(error):

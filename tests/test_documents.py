@@ -1,6 +1,7 @@
 """Examples, links, commands and messages of the documents work, and the site builds from them."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -155,6 +156,36 @@ print(type(model.backbone).__name__, sum(parameter.numel() for parameter in mode
     assert done.stdout.split()[-3:-2] == ['SOFT'], done.stderr[-2000:]
     if config == 'my_mask_rcnn.py' and document.startswith('docs'):
         assert f'│ {int(done.stdout.split()[-2]) / 1e6:.2f} M ' in read(ROOT / document)
+
+
+def script_of_section(document, heading):
+    """Turn the examples of a section into one shell script: files are written, and commands are run."""
+    section = re.search(rf'^## {heading}\n(.*?)(?=^## |\Z)', read(document), re.DOTALL | re.MULTILINE)[1]
+    parts = []
+    for language, block in re.findall(r'^```(python|bash)\n(.*?)^```', section, re.DOTALL | re.MULTILINE):
+        if language == 'python':
+            block = f"cat > {file_name(block)} <<'END_OF_FILE'\n{block}END_OF_FILE\n"
+        parts.append(block.replace('/path/to/soft_mm', str(ROOT)))
+    return ''.join(parts)
+
+
+@pytest.mark.long
+def test_walk_with_your_own_data(tmp_path, environment):
+    """All commands, from an empty folder to predictions. The metrics are not below those that the page gives."""
+    page = ROOT / 'docs/get_started.md'
+    environment = dict(environment, PATH=f'{sys.exec_prefix}/bin:{environment["PATH"]}')
+    command = ['bash', '-euc', script_of_section(page, 'Your own data')]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    documented = re.findall(r'^\| `(my_\w+)\.py` \| `(\S+)` \| ([\d.]+) ', read(page), re.MULTILINE)
+    assert {name for name, _, _ in documented} == {'my_detector', 'my_classifier', 'my_segmentor'}
+    for name, metric, value in documented:
+        (scalars,) = (tmp_path / 'my_shapes/work_dirs' / name).rglob('scalars.json')
+        measured = json.loads(scalars.read_text().splitlines()[-1])
+        # Runs on other machines differ by rounding.
+        assert measured[metric] >= float(value) - (10 if float(value) > 1 else 0.1), (name, metric)
+    pictures = {path.name for path in (tmp_path / 'my_shapes/outputs/vis').iterdir()}
+    assert {f'{number:03}.png' for number in range(40)} <= pictures
 
 
 OUTPUTS = {

@@ -128,7 +128,8 @@ _base_ = {base!r}
 {change}
 model = dict(
     backbone=dict(
-        arch=dict(_delete_=True, embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 1, 1, 1)), init_cfg=None
+        arch=dict(_delete_=True, embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(1, 1, 1, 1)),
+        init_cfg=None,
     )
 )
 train_dataloader = dict(batch_size=2, num_workers=1)
@@ -142,11 +143,16 @@ train_cfg = dict({length}={count}, val_interval={count})
 def train(config, tmp_path, change='', length='max_iters', **options):
     """Train the config for a few steps and evaluate it. Return the losses, the metrics and the evaluated images."""
     file = tmp_path / 'small.py'
-    file.write_text(SMALL.format(base=str(ROOT / 'configs' / config), change=change, length=length, count=dict(max_iters=2, max_epochs=1)[length]))
-    options = [f'{key}={value}' for key, value in options.items()]
-    done = tool(
-        'train.py', file, '--work-dir', 'run', *(['--cfg-options', *options] if options else []), cwd=tmp_path
+    file.write_text(
+        SMALL.format(
+            base=str(ROOT / 'configs' / config),
+            change=change,
+            length=length,
+            count=dict(max_iters=2, max_epochs=1)[length],
+        )
     )
+    options = [f'{key}={value}' for key, value in options.items()]
+    done = tool('train.py', file, '--work-dir', 'run', *(['--cfg-options', *options] if options else []), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (scalars,) = (tmp_path / 'run').rglob('scalars.json')
     rows = [json.loads(line) for line in scalars.read_text().splitlines()]
@@ -206,7 +212,9 @@ def test_ade20k(config, tmp_path):
 
 def test_cityscapes_mask2former(tmp_path):
     write_cityscapes(tmp_path / 'data/cityscapes', (1024, 512))
-    losses, metrics, evaluated = train('cityscapes/mask2former_soft-tiny-norm_8xb2-90k_cityscapes-512x1024.py', tmp_path)
+    losses, metrics, evaluated = train(
+        'cityscapes/mask2former_soft-tiny-norm_8xb2-90k_cityscapes-512x1024.py', tmp_path
+    )
     assert len(losses) == 2 and evaluated == 3 and {'aAcc', 'mIoU', 'mAcc'} <= set(metrics)
 
 
