@@ -424,7 +424,7 @@ class DataCheckHook(Hook):
 
     def __init__(self) -> None:
         self._sizes: dict[str, tuple[int, int]] = {}
-        self._checked: set[tuple[str, str]] = set()
+        self._checked: set[str | None] = set()
         self._trained_classes: list[Any] | None = None
         self._pixels = torch.zeros(256, dtype=torch.long)
 
@@ -470,19 +470,16 @@ class DataCheckHook(Hook):
 
     def _check_files(self, sample: BaseDataElement, labels: torch.Tensor | None, dataset: Any) -> None:
         """Compare the files of a sample with each other, once."""
-        files = str(sample.get('img_path')), str(sample.get('seg_map_path'))
-        if files in self._checked:
-            return
-        self._checked.add(files)
-        expected = self._sizes.get(files[0])
-        found = tuple(sample.get('ori_shape', ()))[:2]
+        path, seg_map_path = sample.get('img_path'), sample.get('seg_map_path')
+        found, expected = tuple(sample.get('ori_shape', ()))[:2], self._sizes.pop(path, None)
         if expected and found and found != expected:
             raise DataError(
-                f'{files[0]} has {found[1]}x{found[0]} pixels, but the annotation file gives '
+                f'{path} has {found[1]}x{found[0]} pixels, but the annotation file gives '
                 f'{expected[1]}x{expected[0]}. Boxes and masks would be at wrong places: scale the annotations to the '
                 'image. Photographs with an EXIF orientation are turned upright when they are read'
             )
-        if labels is not None:
+        if labels is not None and seg_map_path not in self._checked:
+            self._checked.add(seg_map_path)
             module = sys.modules.get('mmseg.datasets.transforms')
             kinds = getattr(module, 'LoadAnnotations', ())
             parts = _inner_datasets(dataset)
