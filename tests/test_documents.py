@@ -54,7 +54,9 @@ def missing_programs(text):
     # The guides run tools from a folder of the user.
     text = text.replace('$SOFT_MM/', '')
     files = re.findall(r'(?<![\w./-])((?:tools|\.dev_scripts)/\w+\.(?:py|sh))', text)
-    files += re.findall(r'python (\S+\.py)', text)
+    # A walk writes its own programs.
+    shown = re.findall(r'^```python\n# (\w+\.py)$', text, re.MULTILINE)
+    files += [name for name in re.findall(r'python (\S+\.py)', text) if name not in shown]
     modules = re.findall(r'python -m ((?:benchmarks|projects)(?:\.\w+)*)', text)
     targets = re.findall(r'^([a-z-]+):', read(ROOT / 'Makefile'), re.MULTILINE)
     return [
