@@ -363,6 +363,16 @@ def data_errors() -> Iterator[None]:
         sys.exit(f'{file} is no JSON: {error}. The file may be empty, cut or compressed: replace it')
     except DataError as error:
         sys.exit(str(error))
+    except KeyError as error:
+        dataset = _local_in_traceback(error, 'self', function='parse_data_info')
+        if dataset is None:
+            raise
+        sys.exit(f'{getattr(dataset, "ann_file", "annotation file")}: an image or annotation has no {error}: add it')
+    except RuntimeError as error:
+        # The data sets of mmpretrain stop here if there is no image.
+        if 'Found 0 files in subfolders of' not in str(error):
+            raise
+        sys.exit(f'{error} Check data_root, data_prefix and extensions of {datasets}')
     except ValueError as error:
         if str(error).startswith('Expected more than 1 value per channel when training'):
             sys.exit(batchnorm_needs_images())
