@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer, is_integer
+from soft_mm.ops.kernel import is_autocast_enabled
 from soft_mm.ops.recording import has_variable
 from soft_mm.registry import MODELS, find_registered
 
@@ -297,6 +298,17 @@ class BaseAttention(TokenAttention):
         with torch.no_grad():
             *others, v = self.project(x, grid)
         return value_gradients(lambda values: self.attend(*others, values, grid=grid), v, points).unflatten(-1, grid)
+
+
+class WideProjection(nn.Linear):
+    """Linear layer that computes in float32 if its input is float32, also inside autocast and with narrower weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project ``(..., C)``."""
+        if x.dtype != torch.float32 or not (is_autocast_enabled(x.device.type) or self.weight.dtype != x.dtype):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class QueryProjection(nn.Linear):

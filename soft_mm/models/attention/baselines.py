@@ -21,6 +21,7 @@ from .base import (
     InitCfg,
     LocalBranch,
     SharedQKAttention,
+    WideProjection,
     patch_sides,
     split_heads,
     value_gradients,
@@ -347,7 +348,7 @@ class GaussianKernelAttention(SharedQKAttention):
         check_integer('max_tokens', max_tokens)
         self.max_tokens = max_tokens
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj = WideProjection(embed_dims, embed_dims)
 
     def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         n = q.shape[2]
@@ -356,8 +357,8 @@ class GaussianKernelAttention(SharedQKAttention):
                 f'GaussianKernelAttention: {n} tokens exceed max_tokens={self.max_tokens}; the kernel would hold '
                 f'{n}x{n} numbers per head. Use smaller images or another attention, or increase max_tokens'
             )
-        # Masked values are 0 already, so they add nothing to the sum.
-        return ops.gaussian_attention(q, v)
+        # Masked values are 0 already, so they add nothing to the sum. It can exceed the range of float16.
+        return ops.gaussian_attention(q, v.float() if v.dtype == torch.float16 else v)
 
     def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:
         """Compute rows of the kernel or their mean directly from the queries, see :meth:`BaseAttention.rows`."""

@@ -20,6 +20,7 @@ from .base import (
     QueryValueProjection,
     SharedQKAttention,
     TokenAttention,
+    WideProjection,
     mask_heads,
     mask_tokens,
     merge_heads,
@@ -135,8 +136,12 @@ class LandmarkAttention(TokenAttention):
             k (Tensor | None): Scaled keys ``(B, h, n_k, d)``. Defaults to None: the queries.
 
         Returns:
-            Tensor: ``(B, h, n, d)``, zero for an image without a landmark.
+            Tensor: ``(B, h, n, d)``, zero for an image without a landmark. In the dtype of ``v``, but float32 for plain
+            attention of float16 values.
         """
+        if not self.normalized and v.dtype == torch.float16:
+            # Plain attention sums over all similar keys, so the sums grow with the image and can exceed 65504.
+            v = v.float()
         landmarks, pool_factor, present = self.landmarks(q if k is None else k, grid, mask)
         matrix, inverted = self.middle(landmarks, pool_factor, present)
         return ops.blockwise_attention(q, landmarks, v, matrix, inverted, present, k)
@@ -290,7 +295,7 @@ class SoftmaxFreeAttention(LandmarkAttention, SharedQKAttention):
             ratio, normalized, solver, newton_iterations, newton_backward, max_landmarks, ridge, sampler, seed
         )
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj = (nn.Linear if normalized else WideProjection)(embed_dims, embed_dims)
 
     def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         """Compute ``P M (P^T v)``.
@@ -368,7 +373,7 @@ class SoftmaxFreeCrossAttention(LandmarkAttention):
         self.set_options(
             ratio, normalized, solver, newton_iterations, newton_backward, max_landmarks, ridge, sampler, seed
         )
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj = (nn.Linear if normalized else WideProjection)(embed_dims, embed_dims)
 
     def forward(self, query: Tensor, key_value: Tensor, grid: Sequence[int], mask: Tensor | None = None) -> Tensor:
         """Attend from ``query`` to ``key_value``.
