@@ -34,9 +34,9 @@ def _run(command, cwd, timeout, **variables):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def tool(name, *arguments, cwd):
+def tool(name, *arguments, cwd, timeout=300):
     """Run ``tools/name`` in a process of its own. Return the finished process."""
-    return _run([sys.executable, ROOT / 'tools' / name, *arguments], cwd, timeout=300)
+    return _run([sys.executable, ROOT / 'tools' / name, *arguments], cwd, timeout)
 
 
 def run_in_processes(name, *arguments, cwd):

@@ -186,8 +186,10 @@ def test_walk_with_your_own_data(tmp_path, environment):
         measured = json.loads(scalars.read_text().splitlines()[-1])
         # Runs on other machines differ by rounding.
         assert measured[metric] >= float(value) - (10 if float(value) > 1 else 0.1), (name, metric)
-    pictures = {path.name for path in (tmp_path / 'my_shapes/outputs/vis').iterdir()}
-    assert {f'{number:03}.png' for number in range(40)} <= pictures
+    for folder in ('vis', 'segmentor/vis'):
+        pictures = {path.name for path in (tmp_path / 'my_shapes/outputs' / folder).iterdir()}
+        assert pictures == {f'{number:03}.png' for number in range(40)}
+    assert len(list((tmp_path / 'my_shapes/outputs/classifier/vis').iterdir())) == 23
 
 
 OUTPUTS = {

@@ -152,7 +152,8 @@ def train(config, tmp_path, change='', length='max_iters', **options):
         )
     )
     options = [f'{key}={value}' for key, value in options.items()]
-    done = tool('train.py', file, '--work-dir', 'run', *(['--cfg-options', *options] if options else []), cwd=tmp_path)
+    arguments = [file, '--work-dir', 'run', *(['--cfg-options', *options] if options else [])]
+    done = tool('train.py', *arguments, cwd=tmp_path, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     (scalars,) = (tmp_path / 'run').rglob('scalars.json')
     rows = [json.loads(line) for line in scalars.read_text().splitlines()]
