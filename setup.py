@@ -104,7 +104,7 @@ setup(
     extras_require={
         'original': ORIGINAL,
         'maintained': MAINTAINED,
-        'photo-digits': ['scikit-learn', 'scikit-image', 'pycocotools', 'rich'],
+        'photo-digits': ['scikit-learn', 'scikit-image', 'pycocotools', 'rich', 'jinja2'],
         'safetensors': ['safetensors'],
         'export': ['onnx', 'onnxscript', 'onnxruntime'],
         'dev': ['pytest', 'pytest-xdist', 'ruff', 'pre-commit'],

@@ -82,28 +82,31 @@ def sweep_report(rows, options, peer=None):
 def print_report(report, console):
     """Print the rows and the growth exponents of a report as tables.
 
+    The status of a point, such as ``'out of memory'``, has a column of its own. Messages of errors follow the table.
+
     Args:
         report (dict): Output of :func:`sweep_report`.
         console (rich.console.Console): Console to print to.
     """
     mode = 'forward and backward' if report['options']['train'] else 'forward'
     table = Table(title=f'{mode}, batch {report["options"]["batch_size"]}, {report["options"]["device"]}')
-    for header in ('', 'pixels', 'tokens', 'ms', 'quartiles', 'MiB', 'G multiply-adds', 'time ratio', 'memory ratio'):
-        table.add_column(header, justify='left' if header in ('', 'pixels') else 'right')
+    figures = ('tokens', 'ms', 'quartiles', 'MiB', 'G multiply-adds', 'time ratio', 'memory ratio')
+    for header in ('', 'pixels', *figures, 'status'):
+        table.add_column(header, justify='right' if header in figures else 'left')
     for row in report['rows']:
-        cells = [escape(row['name']), '{}x{}'.format(*row['size']), str(row['tokens'])]
-        if 'seconds' in row:
-            seconds = row['seconds']
-            cells += [f'{1e3 * seconds["median"]:.1f}', f'{1e3 * seconds["low"]:.1f}-{1e3 * seconds["high"]:.1f}']
-        if row['status'] != 'ok':
-            table.add_row(*cells, row['status'])
-            continue
-        cells += [f'{row["bytes"] / 2**20:.0f}' if 'bytes' in row else '']
-        cells += [f'{row["multiply_adds"] / 1e9:.2f}' if row['multiply_adds'] else '']
-        ratio = row.get('ratio')
-        cells += ['{median:.4g} ({low:.4g}-{high:.4g})'.format(**ratio) if ratio else '']
-        cells += [f'{row["memory_ratio"]:.3f}' if 'memory_ratio' in row else '']
-        table.add_row(*cells)
+        seconds, ratio = row.get('seconds'), row.get('ratio')
+        table.add_row(
+            escape(row['name']),
+            '{}x{}'.format(*row['size']),
+            str(row['tokens']),
+            f'{1e3 * seconds["median"]:.1f}' if seconds else '',
+            f'{1e3 * seconds["low"]:.1f}-{1e3 * seconds["high"]:.1f}' if seconds else '',
+            f'{row["bytes"] / 2**20:.0f}' if 'bytes' in row else '',
+            f'{row["multiply_adds"] / 1e9:.2f}' if row.get('multiply_adds') else '',
+            '{median:.4g} ({low:.4g}-{high:.4g})'.format(**ratio) if ratio else '',
+            f'{row["memory_ratio"]:.3f}' if 'memory_ratio' in row else '',
+            row['status'],
+        )
     console.print(table)
     for row in report['rows']:
         if 'message' in row:

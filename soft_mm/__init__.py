@@ -16,9 +16,16 @@ except ModuleNotFoundError as error:
     ) from error
 
 try:
-    from .models import SOFT, SoftmaxFreeAttention
+    from .models import SOFT, SoftmaxFreeAttention, SoftmaxFreeCrossAttention
 except (ImportError, AttributeError) as error:
     # mmengine's registry hides these two errors when it imports a plugin, and reports only that SOFT is not registered.
     raise RuntimeError(f'soft_mm could not be imported: {type(error).__name__}: {error}') from error
 
-__all__ = ['SOFT', 'SoftmaxFreeAttention', '__version__', 'config_names', 'config_path']
+__all__ = [
+    'SOFT',
+    'SoftmaxFreeAttention',
+    'SoftmaxFreeCrossAttention',
+    '__version__',
+    'config_names',
+    'config_path',
+]

@@ -165,7 +165,8 @@ def config_complexity(config: str | Path, shape: Sequence[int], backbone_only: b
     their values, and some heads use kernels of mmcv, so these models run on tensors with data.
 
     Args:
-        config (str | Path): Config file of mmpretrain, mmdet or mmsegmentation.
+        config (str | Path): Config file of mmpretrain, mmdet, mmsegmentation or mmrotate. Of mmpose and mmaction2, the
+            backbone alone is counted.
         shape (tuple[int, ...]): ``(H, W)`` of the image in pixels. For a sequence ``(n,)`` or ``(1, n)``.
         backbone_only (bool): Count the backbone alone. Defaults to False.
 
@@ -174,8 +175,8 @@ def config_complexity(config: str | Path, shape: Sequence[int], backbone_only: b
 
     Raises:
         FileNotFoundError: If the config does not exist.
-        ValueError: If the config has no model (or backbone, if requested), or if it encodes sequences and the shape is
-            neither ``(n,)`` nor ``(1, n)``.
+        ValueError: If the config has no model (or backbone, if requested), if it encodes sequences and the shape is
+            neither ``(n,)`` nor ``(1, n)``, or if it is of mmpose or mmaction2 and not only the backbone is requested.
     """
     cfg = read_config(config)
     if 'model' not in cfg or (backbone_only and 'backbone' not in cfg.model):
@@ -185,13 +186,17 @@ def config_complexity(config: str | Path, shape: Sequence[int], backbone_only: b
         raise ValueError(
             f'{config} encodes sequences: shape={tuple(shape)}: expected 1 and the number of tokens (--shape 1 N)'
         )
+    if cfg.get('default_scope') in ('mmpose', 'mmaction') and not backbone_only:
+        raise ValueError(
+            f'{config}: models of {cfg.default_scope} take no single image: count the backbone alone (--backbone)'
+        )
     # The number of proposals of a detector depends on its random weights, so they are seeded.
     with toolbox_scope(cfg) as scope, torch.random.fork_rng([]):
         torch.manual_seed(0)
         # The counter fails if a module is called with a parameter that requires a gradient.
         model: Any = build_model(cfg, backbone_only).eval().requires_grad_(False)
         image = random_input(backbone, shape)
-        if scope == 'mmdet' and not backbone_only:
+        if scope in ('mmdet', 'mmrotate') and not backbone_only:
             from mmdet.structures import DetDataSample
 
             sizes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), tuple(shape))

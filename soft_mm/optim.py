@@ -1,11 +1,19 @@
-"""Layer-wise learning rates for the models of all toolboxes."""
+"""Layer-wise learning rates and mixed precision on the CPU, for the models of all toolboxes."""
 
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from mmengine.optim import DefaultOptimWrapperConstructor
+import torch
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-from soft_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from soft_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -80,3 +88,116 @@ def _innermost(modules: dict[str, Any]) -> dict[str, Any]:
         for name, part in prefixes.items()
         if not any(other != name and other.startswith(name) for other in prefixes)
     }
+
+
+def has_bfloat16(cpuinfo: str | Path = '/proc/cpuinfo') -> bool | None:
+    """Say whether the processor has instructions for bfloat16. Without them, bfloat16 is slower than float32.
+
+    Args:
+        cpuinfo (str | Path): File in which Linux lists the features of the processor.
+
+    Returns:
+        bool | None: True or False, or None if the system does not say.
+    """
+    try:
+        text = Path(cpuinfo).read_text(encoding='utf-8')
+    except OSError:
+        return None
+    # The line is `flags` on x86 and `Features` on ARM.
+    lines = [line for line in text.splitlines() if line.partition(':')[0].strip() in ('flags', 'Features')]
+    if not lines:
+        return None
+    return bool({'avx512_bf16', 'amx_bf16', 'bf16'}.intersection(lines[0].split()))
+
+
+def _to_float32(value: Any) -> Any:
+    """Convert the bfloat16 tensors in tuples, lists and dicts to float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype == torch.bfloat16 else value
+    if isinstance(value, dict):
+        return {key: _to_float32(part) for key, part in value.items()}
+    return type(value)(map(_to_float32, value)) if type(value) in (tuple, list) else value
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Train on the CPU in mixed precision, by ``torch.autocast`` in bfloat16.
+
+    mmengine's ``AmpOptimWrapper`` needs a GPU. The loss is not scaled, because bfloat16 has the range of float32.
+    The evaluation stays in float32. ``tools/train.py --amp`` uses this wrapper if PyTorch finds no GPU.
+
+    Args:
+        dtype (str | torch.dtype): ``'bfloat16'``. On the CPU, float16 would need a scaled loss. Defaults to
+            ``'bfloat16'``.
+        modules (Sequence[str] | None): Submodules of the model that compute in bfloat16 and return float32, such as
+            ``('backbone', 'neck')``. Defaults to None: the whole model, but in a detector with a ``roi_head`` its
+            ``backbone`` and ``neck``, because mmcv's RoIAlign and NMS take no bfloat16 on the CPU.
+        **kwargs: See mmengine's ``OptimWrapper``: ``optimizer``, ``accumulative_counts``, ``clip_grad``.
+
+    Raises:
+        ValueError: If ``dtype`` is not bfloat16, or a parameter is not on the CPU.
+
+    Examples:
+        >>> optim_wrapper = dict(
+        ...     type='soft_mm.CPUAmpOptimWrapper',
+        ...     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05))
+    """
+
+    def __init__(
+        self, dtype: str | torch.dtype = 'bfloat16', modules: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if dtype not in ('bfloat16', torch.bfloat16):
+            raise ValueError(f'dtype={dtype!r}: expected bfloat16, the only type for mixed precision on the CPU')
+        if isinstance(modules, str):
+            raise ValueError(f'modules={modules!r}: expected a list of names, such as [{modules!r}], or None')
+        devices = {p.device.type for group in self.optimizer.param_groups for p in group['params']} - {'cpu'}
+        if devices:
+            raise ValueError(
+                f'CPUAmpOptimWrapper trains on the CPU, but the model is on {", ".join(sorted(devices))}: use '
+                'AmpOptimWrapper'
+            )
+        self.modules = modules
+        if has_bfloat16() is False:
+            print_log(
+                'This processor has no instructions for bfloat16: mixed precision is slower than float32, leave it out',
+                'current',
+                logging.WARNING,
+            )
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Compute the forward pass in mixed precision. See mmengine's ``OptimWrapper.optim_context``.
+
+        Args:
+            model (nn.Module): The model, which may be wrapped for several processes.
+
+        Raises:
+            ValueError: If the model lacks one of ``modules``.
+        """
+        with super().optim_context(model):
+            while is_model_wrapper(model):
+                model = model.get_submodule('module')
+            names = self.modules
+            if names is None and hasattr(model, 'roi_head'):
+                names = [name for name in ('backbone', 'neck') if isinstance(getattr(model, name, None), nn.Module)]
+            with torch.autocast('cpu', torch.bfloat16) if names is None else _autocast_in(model, names):
+                yield
+
+
+@contextlib.contextmanager
+def _autocast_in(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Let submodules of a model compute in bfloat16 and return float32."""
+
+    def forward(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with torch.autocast('cpu', torch.bfloat16):
+            return _to_float32(original(*args, **options))
+
+    known = dict(model.named_modules())
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f'modules={list(names)}: {type(model).__name__} has no {", ".join(unknown)}')
+    with contextlib.ExitStack() as stack:
+        for module in (known[name] for name in names):
+            module.forward = functools.partial(forward, module.forward)
+            stack.callback(delattr, module, 'forward')
+        yield

@@ -24,7 +24,8 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .checkpoints.reading import is_address
-from .hooks import no_images
+from .config_errors import add_traceback_option
+from .hooks import batchnorm_needs_images, no_images
 from .registry import find_registered
 from .utils import DataError, dicts_in, inner_dataset, read_config
 
@@ -50,6 +51,7 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings of the config'
     )
+    add_traceback_option(parser)
     return parser
 
 
@@ -170,6 +172,21 @@ def check_resume(checkpoint: dict[str, Any], path: str) -> None:
         )
 
 
+def use_mixed_precision(optim_wrapper: dict[str, Any]) -> None:
+    """Train in mixed precision, on the GPU by mmengine's ``AmpOptimWrapper``, otherwise by ``CPUAmpOptimWrapper``.
+
+    Args:
+        optim_wrapper (dict): Config of the optimiser's wrapper, changed in place.
+    """
+    if get_device() == 'cpu':
+        optim_wrapper['type'] = 'soft_mm.CPUAmpOptimWrapper'
+        # For the loss in float16.
+        optim_wrapper.pop('loss_scale', None)
+    else:
+        optim_wrapper['type'] = 'AmpOptimWrapper'
+        optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
 def use_test_time_augmentation(cfg: Config) -> None:
     """Set up the evaluation with test-time augmentation, as the toolboxes' own ``--tta`` does.
 
@@ -197,12 +214,21 @@ def show_pictures(cfg: Config, folder: str) -> None:
     Args:
         cfg (Config): Config of mmpretrain, mmdet or mmsegmentation.
         folder (str): Folder of the pictures. mmsegmentation writes to its subfolder ``vis_data/vis_image``.
+
+    Raises:
+        ValueError: If the config belongs to another toolbox.
     """
+    scope = cfg.get('default_scope')
+    if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
+        raise ValueError(
+            f"--show-dir: default_scope={scope!r}: expected 'mmpretrain', 'mmdet' or 'mmseg'; for another toolbox, set "
+            'default_hooks.visualization in the config instead'
+        )
     hook: dict[str, Any] = dict((cfg.get('default_hooks') or {}).get('visualization') or {})
     folder = os.path.abspath(folder)
-    if cfg.get('default_scope') == 'mmpretrain':
+    if scope == 'mmpretrain':
         hook |= dict(type='VisualizationHook', enable=True, out_dir=folder, interval=1)
-    elif cfg.get('default_scope') == 'mmdet':
+    elif scope == 'mmdet':
         # mmdet joins the folder to its own; an absolute path replaces it.
         hook |= dict(type='DetVisualizationHook', draw=True, test_out_dir=folder)
     else:
@@ -337,7 +363,19 @@ def data_errors() -> Iterator[None]:
         sys.exit(f'{file} is no JSON: {error}. The file may be empty, cut or compressed: replace it')
     except DataError as error:
         sys.exit(str(error))
+    except KeyError as error:
+        dataset = _local_in_traceback(error, 'self', function='parse_data_info')
+        if dataset is None:
+            raise
+        sys.exit(f'{getattr(dataset, "ann_file", "annotation file")}: an image or annotation has no {error}: add it')
+    except RuntimeError as error:
+        # The data sets of mmpretrain stop here if there is no image.
+        if 'Found 0 files in subfolders of' not in str(error):
+            raise
+        sys.exit(f'{error} Check data_root, data_prefix and extensions of {datasets}')
     except ValueError as error:
+        if str(error).startswith('Expected more than 1 value per channel when training'):
+            sys.exit(batchnorm_needs_images())
         # mmengine concatenates the images of a data set, which fails in NumPy without any.
         dataset = _local_in_traceback(error, 'self', function='_serialize_data')
         if dataset is None or 'need at least one array to concatenate' not in str(error):

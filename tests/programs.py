@@ -28,14 +28,15 @@ def run_tool(name, *arguments):
 
 
 def _run(command, cwd, timeout, **variables):
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1') | variables
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS='1') | variables
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def tool(name, *arguments, cwd):
+def tool(name, *arguments, cwd, timeout=300):
     """Run ``tools/name`` in a process of its own. Return the finished process."""
-    return _run([sys.executable, ROOT / 'tools' / name, *arguments], cwd, timeout=300)
+    return _run([sys.executable, ROOT / 'tools' / name, *arguments], cwd, timeout)
 
 
 def run_in_processes(name, *arguments, cwd):

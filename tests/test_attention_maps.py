@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import mmcv
 import numpy as np
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from soft_mm import SOFT
-from soft_mm.attention_maps import image_attention
+from soft_mm import SOFT, attention_maps
+from soft_mm.attention_maps import contrast, draw_attention, image_attention, local_window, overlay
 from soft_mm.inference import load_model
 from soft_mm.models.attention import build_attention
 
@@ -48,6 +51,24 @@ def test_rows_are_those_of_the_matrix(cfg):
     assert torch.allclose(rows.flatten(2), matrix[:, [0, 13, 29]].transpose(0, 1), atol=1e-12)
     if cfg.get('type') == 'SoftmaxAttention':
         assert torch.allclose(rows.sum((-2, -1)), torch.ones(3, 2, dtype=torch.float64))
+    mean = module.rows(x, grid, None)
+    assert mean.shape == (1, 2, 5, 6) and torch.allclose(mean[0].flatten(1), matrix.mean(1), atol=1e-12)
+
+
+@pytest.mark.parametrize('cfg', [*ATTENTIONS, dict(type='SpatialReductionAttention')], ids=str)
+def test_differences_from_the_mean_row_cancel_out(cfg):
+    torch.manual_seed(0)
+    module, grid = build_attention(cfg, **SHAPE).double().eval(), (5, 7)
+    x = torch.randn(1, 35, 16, dtype=torch.float64)
+    rows, mean = module.rows(x, grid, list(range(35))), module.rows(x, grid, None)
+    assert (rows - mean).mean(0).abs().max() < 1e-12
+    gains, rest = contrast(rows, mean)
+    assert gains.shape == (35, 2) and rest.abs().amax((0, 2, 3)).min() > 1e-3
+    assert rest.mean(0).abs().max() < 1e-12 and torch.allclose(gains.mean(0), torch.ones(2, dtype=torch.float64))
+    # The rest has nothing in common with the mean row, and its unit is the mean weight of the head.
+    assert (rest * mean).mean((-2, -1)).abs().max() < 1e-12
+    whole = gains[3, 1] * mean[0, 1] + rest[3, 1] * mean[0, 1].abs().mean()
+    assert torch.allclose(whole, rows[3, 1])
 
 
 def test_rows_over_a_coarser_grid_are_shared_out():
@@ -103,7 +124,8 @@ def test_nothing_of_tokens_times_tokens_is_formed(cfg):
 
     with Watch():
         rows = module.rows(torch.randn(1, 64 * 50, 16), (64, 50), [7, 1600])
-    assert rows.shape == (2, 2, 64, 50) and 0 < max(sizes) <= 3200 * 16 * 4
+        mean = module.rows(torch.randn(1, 64 * 50, 16), (64, 50), None)
+    assert rows.shape == (2, 2, 64, 50) and mean.shape == (1, 2, 64, 50) and 0 < max(sizes) <= 3200 * 16 * 4
 
 
 class Whole(torch.nn.Module):
@@ -129,6 +151,101 @@ def test_points_are_pixels_of_the_image():
     ):
         with pytest.raises(ValueError, match=message):
             image_attention(model, image, *arguments)
+
+
+def test_mean_row_and_window_of_a_model():
+    torch.manual_seed(0)
+    model = Whole().eval()
+    image = np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8)
+    # One pixel of each token of stage 2.
+    points = [(x, y) for y in range(4, 32, 8) for x in range(4, 64, 8)]
+    rows, mean = (image_attention(model, image, queries, stage=2) for queries in (points, None))
+    assert rows.shape == (32, 2, 4, 8) and torch.allclose(rows.mean(0, keepdim=True), mean, atol=1e-6)
+    assert [local_window(model, stage) for stage in (1, 2, 3)] == [9, 5, 3]
+    model.backbone.stages[1].blocks[0].attn = build_attention(dict(type='SoftmaxAttention'), 64, 2, 4, 5)
+    assert local_window(model, 2) is None
+    with pytest.raises(ValueError, match='stage=4: expected an integer from 1 to'):
+        local_window(model, 4)
+
+
+def test_far_pixels_give_clearly_different_pictures():
+    """Two rows that differ by a tenth of a weight: the weights alone look alike, the contrast does not."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    mean = torch.from_numpy(rng.uniform(0.5, 1.5, (1, 1, 12, 16)))
+    rows = mean.repeat(2, 1, 1, 1)
+    rows[0, 0, :6, :8] += 0.1
+    rows[1, 0, 6:, 8:] += 0.1
+
+    def distance(values):
+        first, second = (overlay(image, row[0], float(values.abs().max())).astype(float) for row in values)
+        return abs(first - second).mean()
+
+    assert distance(contrast(rows, mean)[1]) > 20 > 3 * distance(rows)
+
+
+def test_signs_have_their_colours_and_zero_shows_the_picture():
+    image = np.random.default_rng(0).integers(0, 255, (48, 60, 3), dtype=np.uint8)
+    values = torch.zeros(16, 20)
+    values[:5], values[-5:] = 2.0, -2.0
+    red, _, blue = np.moveaxis(overlay(image, values, 2.0).astype(int), 2, 0)
+    assert (red - blue)[:12].min() > 60 and (blue - red)[-12:].min() > 60
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[18:30]
+    assert np.array_equal(red[18:30], blue[18:30]) and np.corrcoef(red[18:30].flat, grey.flat)[0, 1] > 0.999
+    # The picture is also visible below the strongest colours.
+    assert np.corrcoef(red[-12:].flat, cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[-12:].flat)[0, 1] > 0.9
+
+
+def test_picture_without_texture_has_no_colours(tmp_path):
+    """Rounding is not magnified, and nothing is divided by a weight or a difference of zero."""
+    image, points = np.full((64, 64, 3), 128, np.uint8), [(5, 5), (60, 60)]
+    noise = 1 + 1e-7 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for rows, mean in ((noise, torch.ones(1, 1, 8, 8)), (torch.zeros(2, 1, 8, 8), torch.zeros(1, 1, 8, 8))):
+        assert all(part.isfinite().all() for part in contrast(rows, mean))
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            draw_attention(image, rows, points, tmp_path / 'map.png', mean=mean)
+        picture = mmcv.imread(tmp_path / 'map.png').astype(int)
+        # Without the colour bar.
+        maps = picture[: len(picture) * 3 // 4, picture.shape[1] // 2 :]
+        ring = (maps[..., 1] - maps[..., 0] > 20) & (maps[..., 1] - maps[..., 2] > 20)
+        assert ring.any() and abs(maps[..., 2] - maps[..., 0])[~ring].max() < 20
+
+
+def test_scale_is_common_to_the_queries_of_a_head(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention_maps, 'overlay', lambda image, values, bound: calls.append(bound) or image)
+    rows = torch.zeros(2, 3, 4, 4)
+    rows[0, 0, 0, 0], rows[1, 0, 0, 0], rows[1, 2, 3, 3] = 1.0, -5.0, 2.0
+    image = np.zeros((32, 32, 3), np.uint8)
+    draw_attention(image, rows, [(0, 0), (9, 9)], tmp_path / 'a.png', heads=[2, 0])
+    assert calls == [2.0, 5.0, 2.0, 5.0]
+    calls.clear()
+    draw_attention(image, rows, [(0, 0), (9, 9)], tmp_path / 'a.png', heads=[0], mean=torch.full((1, 3, 4, 4), 0.5))
+    # The gain of the second row is -5 / (16 * 0.5): (-5 + 0.625 * 0.5) / 0.5.
+    assert calls == [9.375, 9.375]
+
+
+def test_query_and_window_are_where_they_belong():
+    """Tokens of 4x8 pixels, and a window of 3x3 of them around the token (5, 2)."""
+    drawn = []
+    axis = SimpleNamespace(plot=lambda *places, **style: drawn.append(places))
+    attention_maps._mark_query(axis, (23, 16), (40, 48), (10, 6), window=3)
+    ring, (x, y) = drawn[:2]
+    assert ring == (23, 16) and drawn[2:] == drawn[:2]
+    assert (min(x), max(x)) == (15.5, 27.5) and (min(y), max(y)) == (7.5, 31.5)
+    drawn.clear()
+    attention_maps._mark_query(axis, (23, 16), (40, 48), (10, 6), window=None)
+    assert drawn == [(23, 16)] * 2
+
+
+def test_uniform_image_of_a_model_is_drawn(tmp_path):
+    torch.manual_seed(0)
+    model, image, points = Whole().eval(), np.full((64, 96, 3), 90, np.uint8), [(3, 3), (90, 60)]
+    rows, mean = (image_attention(model, image, queries, stage=3) for queries in (points, None))
+    assert all(part.isfinite().all() for part in contrast(rows, mean))
+    draw_attention(image, rows, points, tmp_path / 'map.png', mean=mean, window=local_window(model, 3))
+    assert mmcv.imread(tmp_path / 'map.png').shape[1] == round(2.2 * 4 * 120)
 
 
 def test_tool_draws_and_refuses(tmp_path, environment):

@@ -84,6 +84,16 @@ def test_sequences_are_counted():
         config_complexity(config, (224, 224))
 
 
+@pytest.mark.parametrize('scope', ['mmpose', 'mmaction'])
+def test_whole_models_without_a_single_image_are_refused(tmp_path, scope):
+    """The toolbox need not be installed."""
+    (tmp_path / 'config.py').write_text(
+        f"default_scope = '{scope}'\nmodel = dict(backbone=dict(type='soft_mm.SOFT'))\n"
+    )
+    with pytest.raises(ValueError, match=f'models of {scope} take no single image: count the backbone alone'):
+        config_complexity(tmp_path / 'config.py', (64, 64))
+
+
 def test_tool(tmp_path, environment):
     tool = [sys.executable, str(ROOT / 'tools/get_complexity.py')]
     config = CONFIGS / 'soft-tiny_photo-digits-crops.py'

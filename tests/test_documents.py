@@ -1,6 +1,7 @@
 """Examples, links, commands and messages of the documents work, and the site builds from them."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def missing_programs(text):
     # The guides run tools from a folder of the user.
     text = text.replace('$SOFT_MM/', '')
     files = re.findall(r'(?<![\w./-])((?:tools|\.dev_scripts)/\w+\.(?:py|sh))', text)
-    files += re.findall(r'python (\S+\.py)', text)
+    # A walk writes its own programs.
+    shown = re.findall(r'^```python\n# (\w+\.py)$', text, re.MULTILINE)
+    files += [name for name in re.findall(r'python (\S+\.py)', text) if name not in shown]
     modules = re.findall(r'python -m ((?:benchmarks|projects)(?:\.\w+)*)', text)
     targets = re.findall(r'^([a-z-]+):', read(ROOT / 'Makefile'), re.MULTILINE)
     return [
@@ -78,17 +81,24 @@ def python_blocks(document):
     return re.findall(r'^```python\n(.*?)^```', read(document), re.DOTALL | re.MULTILINE)
 
 
+def file_name(block):
+    """Return the name of the file that an example shows, which is its first line. None for other examples."""
+    match = re.match(r'# (\w+\.py)\n', block)
+    return match and match[1]
+
+
 def programs(document):
     """Return the Python examples of a document. Examples without imports are configs."""
-    return [block for block in python_blocks(document) if re.search(r'^(import|from) ', block, re.MULTILINE)]
+    blocks = (block for block in python_blocks(document) if not file_name(block))
+    return [block for block in blocks if re.search(r'^(import|from) ', block, re.MULTILINE)]
 
 
-def write_configs(document, folder):
-    """Write the config examples of a document whose first line is a file name. Return the files."""
+def write_files(document, folder):
+    """Write the examples of a document whose first line is a file name. Return the files."""
     files = []
     for block in python_blocks(document):
-        if match := re.match(r'# (my_\w+\.py)\n', block):
-            files.append(folder / match[1])
+        if name := file_name(block):
+            files.append(folder / name)
             files[-1].write_text(block)
     return files
 
@@ -131,7 +141,7 @@ def test_broken_link_and_missing_program_are_found():
 )
 def test_config_example_builds_in_another_folder(document, config, tmp_path):
     """In a new process that imports only the toolbox: mmengine must import the plugin."""
-    assert tmp_path / config in write_configs(ROOT / document, tmp_path)
+    assert tmp_path / config in write_files(ROOT / document, tmp_path)
     code = f"""
 import importlib, torch
 from mmengine.config import Config
@@ -150,6 +160,38 @@ print(type(model.backbone).__name__, sum(parameter.numel() for parameter in mode
         assert f'│ {int(done.stdout.split()[-2]) / 1e6:.2f} M ' in read(ROOT / document)
 
 
+def script_of_section(document, heading):
+    """Turn the examples of a section into one shell script: files are written, and commands are run."""
+    section = re.search(rf'^## {heading}\n(.*?)(?=^## |\Z)', read(document), re.DOTALL | re.MULTILINE)[1]
+    parts = []
+    for language, block in re.findall(r'^```(python|bash)\n(.*?)^```', section, re.DOTALL | re.MULTILINE):
+        if language == 'python':
+            block = f"cat > {file_name(block)} <<'END_OF_FILE'\n{block}END_OF_FILE\n"
+        parts.append(block.replace('/path/to/soft_mm', str(ROOT)))
+    return ''.join(parts)
+
+
+@pytest.mark.long
+def test_walk_with_your_own_data(tmp_path, environment):
+    """All commands, from an empty folder to predictions. The metrics are not below those that the page gives."""
+    page = ROOT / 'docs/get_started.md'
+    environment = dict(environment, PATH=f'{sys.exec_prefix}/bin:{environment["PATH"]}')
+    command = ['bash', '-euc', script_of_section(page, 'Your own data')]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    documented = re.findall(r'^\| `(my_\w+)\.py` \| `(\S+)` \| ([\d.]+) ', read(page), re.MULTILINE)
+    assert {name for name, _, _ in documented} == {'my_detector', 'my_classifier', 'my_segmentor'}
+    for name, metric, value in documented:
+        (scalars,) = (tmp_path / 'my_shapes/work_dirs' / name).rglob('scalars.json')
+        measured = json.loads(scalars.read_text().splitlines()[-1])
+        # Runs on other machines differ by rounding.
+        assert measured[metric] >= float(value) - (10 if float(value) > 1 else 0.1), (name, metric)
+    for folder in ('vis', 'segmentor/vis'):
+        pictures = {path.name for path in (tmp_path / 'my_shapes/outputs' / folder).iterdir()}
+        assert pictures == {f'{number:03}.png' for number in range(40)}
+    assert len(list((tmp_path / 'my_shapes/outputs/classifier/vis').iterdir())) == 23
+
+
 OUTPUTS = {
     'README.md': ['[(1, 64, 128, 160), (1, 128, 64, 80), (1, 320, 32, 40), (1, 512, 16, 20)]', 'torch.Size([2, 512])'],
     'docs/attention.md': [
@@ -157,6 +199,8 @@ OUTPUTS = {
         'NystromAttention',
         'torch.Size([1, 4032, 64])',
         'torch.Size([4, 2048, 64])',
+        'padding changes nothing: True',
+        'torch.Size([2, 10, 4])',
         '(1, 512, 2, 3)',
     ],
     'docs/deployment.md': ['thing '],
@@ -234,7 +278,7 @@ def test_python_examples_run(document, request):
 )
 def test_mistake_in_a_config_has_the_documented_message(message, old, new, tmp_path):
     assert f'`{message}' in read(GUIDE)
-    config = write_configs(GUIDE, tmp_path)[0]
+    config = write_files(GUIDE, tmp_path)[0]
     text = read(config).replace('init_cfg=weights', 'init_cfg=None')
     assert old in text
     config.write_text(text.replace(old, new))

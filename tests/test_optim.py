@@ -1,12 +1,17 @@
-"""Layer-wise learning rates of the models of all toolboxes, in their scopes."""
+"""Layer-wise learning rates of the models of all toolboxes, in their scopes, and mixed precision on the CPU."""
+
+import copy
 
 import pytest
+import torch
 from authors import REDUCED_ARCH
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
 from soft_mm import SOFT
+from soft_mm.optim import CPUAmpOptimWrapper, has_bfloat16
 from soft_mm.utils import build_model, toolbox_scope
 
 BACKBONE = dict(type='soft_mm.SOFT', arch=REDUCED_ARCH)
@@ -111,3 +116,120 @@ def test_wrong_rates_are_named(rate):
 def test_model_without_a_backbone_is_named():
     with pytest.raises(ValueError, match='Linear has no backbone with the method get_layer_depth'):
         rates('mmengine', nn.Linear(2, 2), layer_decay_rate=0.5)
+
+
+class Chain(nn.Module):
+    """Two layers. It keeps the outputs of the last forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        self.outputs = [self.one(x), self.two(torch.tanh(self.one(x)))]
+        return self.outputs[1].float().square().mean()
+
+
+def wrapper_of(model, kind='soft_mm.CPUAmpOptimWrapper', **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return OPTIM_WRAPPERS.build(dict(type=kind, optimizer=optimizer, **options))
+
+
+def in_bfloat16(layer, x):
+    return nn.functional.linear(*(value.bfloat16() for value in (x, layer.weight, layer.bias)))
+
+
+def test_only_the_forward_pass_of_a_step_computes_in_bfloat16():
+    model, x = Chain(), torch.randn(4, 5)
+    wrapper = wrapper_of(model)
+    assert type(wrapper) is CPUAmpOptimWrapper
+    with wrapper.optim_context(model):
+        model(x)
+    assert torch.equal(model.outputs[0], in_bfloat16(model.one, x)) and model.outputs[1].dtype == torch.bfloat16
+    model(x)
+    assert {out.dtype for out in model.outputs} == {torch.float32}
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+
+
+def test_only_the_given_modules_compute_in_bfloat16():
+    model, x = Chain(), torch.randn(4, 5)
+    with wrapper_of(model, modules=['one']).optim_context(model):
+        model(x)
+    one = in_bfloat16(model.one, x).float()
+    assert torch.equal(model.outputs[0], one) and torch.equal(model.outputs[1], model.two(torch.tanh(one)))
+    assert not any('forward' in vars(part) for part in model.modules())
+    with pytest.raises(ValueError, match=r"modules=\['three'\]: Chain has no three"):
+        with wrapper_of(model, modules=['three']).optim_context(model):
+            pass
+
+
+def test_modules_are_whole_again_after_an_error():
+    model = Chain()
+    with pytest.raises(RuntimeError, match='shapes'), wrapper_of(model, modules=['one']).optim_context(model):
+        model(torch.ones(1, 4))
+    assert not any('forward' in vars(part) for part in model.modules())
+
+
+def test_accumulation_and_clipping_are_those_of_mmengine():
+    """The same gradients give the same weights as under mmengine's wrapper for float32."""
+    first = Chain()
+    batches = torch.randn(4, 2, 5)
+    results = {}
+    for kind in ('soft_mm.CPUAmpOptimWrapper', 'OptimWrapper'):
+        model = copy.deepcopy(first)
+        wrapper = wrapper_of(model, kind, accumulative_counts=2, clip_grad=dict(max_norm=0.01))
+        wrapper.initialize_count_status(model, 0, len(batches))
+        for x in batches:
+            with wrapper.optim_context(model), torch.autocast('cpu', torch.bfloat16):
+                loss = model(x)
+            wrapper.update_params(loss)
+        results[kind] = model.state_dict(), wrapper.state_dict()
+    (found, state), (expected, expected_state) = results.values()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not torch.equal(found['one.weight'], first.one.weight)
+    assert state.keys() == expected_state.keys()
+    again = wrapper_of(copy.deepcopy(first), 'OptimWrapper')
+    again.load_state_dict(state)
+    assert again.optimizer.state_dict()['state'].keys() == expected_state['state'].keys()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(dtype='float16'), "dtype='float16': expected bfloat16"),
+        (dict(dtype=torch.float32), 'dtype=torch.float32: expected bfloat16'),
+        (dict(modules='backbone'), r"modules='backbone': expected a list of names, such as \['backbone'\]"),
+    ],
+)
+def test_mixed_precision_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        wrapper_of(Chain(), **options)
+
+
+def test_mixed_precision_for_the_cpu_refuses_other_devices():
+    with pytest.raises(ValueError, match='trains on the CPU, but the model is on meta: use AmpOptimWrapper'):
+        wrapper_of(Chain().to('meta'))
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('processor : 0\nflags\t\t: fpu avx2 avx512f\n', False),
+        ('processor : 0\nflags\t\t: fpu avx512f avx512_bf16\n', True),
+        ('flags : amx_bf16 amx_tile\n', True),
+        ('Features\t: fp asimd bf16\n', True),
+        ('Features\t: fp asimd\n', False),
+        ('processor : 0\n', None),
+        (None, None),
+    ],
+)
+def test_processors_with_bfloat16_are_known(text, expected, tmp_path, monkeypatch):
+    """A slow processor is told once, when the wrapper is built."""
+    file, said = tmp_path / 'cpuinfo', []
+    if text is not None:
+        file.write_text(text)
+    assert has_bfloat16(file) is expected
+    monkeypatch.setattr('soft_mm.optim.has_bfloat16', lambda: expected)
+    monkeypatch.setattr('soft_mm.optim.print_log', lambda text, *_: said.append(text))
+    wrapper_of(Chain())
+    assert len(said) == (expected is False)

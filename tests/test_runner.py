@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import DefaultSampler
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
-from soft_mm.hooks import MissingGradientHook
+from soft_mm.hooks import BatchNormCheckHook, MissingGradientHook
 from soft_mm.runner import (
+    data_errors,
     find_start,
     load_config,
     plain_values,
@@ -20,7 +23,7 @@ from soft_mm.runner import (
     show_pictures,
     use_test_time_augmentation,
 )
-from soft_mm.utils import dicts_in, without_pretrained
+from soft_mm.utils import DataError, dicts_in, without_pretrained
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,12 @@ def test_pictures_go_to_an_absolute_folder(scope, tmp_path, monkeypatch):
     assert folder == str(tmp_path / 'pictures') and (hook.get('draw') or hook.get('enable'))
 
 
+def test_pictures_of_other_toolboxes_are_refused():
+    cfg = Config(dict(default_scope='mmpose', visualizer=dict(type='Visualizer')))
+    with pytest.raises(ValueError, match="--show-dir: default_scope='mmpose': expected 'mmpretrain', 'mmdet' or"):
+        show_pictures(cfg, 'pictures')
+
+
 def test_metrics_that_are_no_numbers_can_be_written():
     metrics = {
         'top1': np.float32(0.5),
@@ -148,6 +157,73 @@ def test_pretrained_weights_of_nested_backbones_are_removed():
     assert without_pretrained(model) == 2
     assert [part['init_cfg'] for part in dicts_in(model) if part.get('type') == 'soft_mm.SOFT'] == [None, None]
     assert without_pretrained(ConfigDict(head=dict(type='A'))) == 0
+
+
+class Pooled(nn.Module):
+    """As the image pooling of ASPP: the block after the pooling has the BatchNorm."""
+
+    def __init__(self, size=1, norm=None):
+        super().__init__()
+        block = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4) if norm is None else norm)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(size), block)
+        self.other = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.pool(self.other(x))
+
+
+def check_batchnorm(model, images, batch_size, world_size=1, **options):
+    data = list(range(images))
+    loader = DataLoader(data, batch_size=batch_size, sampler=DefaultSampler(data), **options)
+    runner = SimpleNamespace(model=model, train_dataloader=loader, world_size=world_size)
+    BatchNormCheckHook().before_train(runner)
+
+
+@pytest.mark.parametrize('size', [1, (1, 1)])
+def test_batchnorm_that_gets_one_value_is_refused_before_the_first_step(size):
+    """As PyTorch does in the first step."""
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
+        Pooled(size)(torch.ones(1, 3, 4, 4))
+    with pytest.raises(DataError, match=r'^BatchNorm of pool\.1\.1 cannot .* Set train_dataloader.batch_size to 2 or'):
+        check_batchnorm(Pooled(size), images=4, batch_size=1)
+    with pytest.raises(DataError, match=r'The last batch of 2 has one image: set train_dataloader.drop_last=True'):
+        check_batchnorm(Pooled(size), images=5, batch_size=2)
+    with pytest.raises(DataError, match=r'^BatchNorm of pool\.1\.1'):
+        check_batchnorm(Pooled(size, nn.SyncBatchNorm(4)), images=4, batch_size=1)
+    with pytest.raises(DataError, match=r'^BatchNorm of pool\.1\.1'):
+        check_batchnorm(Pooled(size), images=4, batch_size=1, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ('model', 'options'),
+    [
+        (Pooled(), dict(images=4, batch_size=2)),
+        (Pooled(), dict(images=5, batch_size=2, drop_last=True)),
+        (Pooled(size=2), dict(images=4, batch_size=1)),
+        (Pooled(norm=nn.GroupNorm(2, 4)), dict(images=4, batch_size=1)),
+        (Pooled(norm=nn.SyncBatchNorm(4)), dict(images=4, batch_size=1, world_size=2)),
+    ],
+)
+def test_other_batchnorms_are_left_alone(model, options):
+    check_batchnorm(model, **options)
+
+
+def test_batchnorm_that_stays_in_evaluation_mode_is_left_alone():
+    class Frozen(Pooled):
+        def train(self, mode=True):
+            super().train(mode)
+            self.pool.eval()
+            return self
+
+    check_batchnorm(Frozen(), images=4, batch_size=1)
+
+
+def test_batchnorm_that_is_found_in_the_first_step_only():
+    with pytest.raises(
+        SystemExit, match='^BatchNorm cannot be trained on one image.*Accumulated gradients do not help'
+    ):
+        with data_errors():
+            nn.BatchNorm1d(3)(torch.ones(1, 3))
 
 
 class TwoParts(nn.Module):

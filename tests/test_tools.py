@@ -144,7 +144,8 @@ def test_missing_weights_are_named_with_the_command_that_makes_them(workspace):
     arguments = ('model.backbone.init_cfg.checkpoint=none.pth', *OPTIONS)
     done = tool('train.py', config, '--work-dir', 'missing', '--cfg-options', *arguments, cwd=workspace)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("init_cfg names the checkpoint 'none.pth', which does not exist")
+    message = f"{config}: model.backbone.init_cfg: init_cfg names the checkpoint 'none.pth', which does not exist"
+    assert done.stderr.splitlines()[-1].startswith(message)
     command = f'`python {ROOT / "tools/convert_checkpoint.py"} SRC none.pth`'
     assert command in done.stderr and 'data_root' not in done.stderr
 
@@ -160,12 +161,14 @@ class Built(Exception):
     """Carries the config out of a tool."""
 
 
-def test_mixed_precision_reaches_the_runner(monkeypatch, tmp_path):
+@pytest.mark.parametrize('device', ['cuda', 'cpu'])
+def test_mixed_precision_reaches_the_runner(monkeypatch, tmp_path, device):
     def build_runner(cfg):
         raise Built(cfg)
 
     (tmp_path / 'some.pth').touch()
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr('soft_mm.runner.get_device', lambda: device)
+    wrapper = ('AmpOptimWrapper', 'dynamic') if device == 'cuda' else ('soft_mm.CPUAmpOptimWrapper', None)
     for name, more in (('train', []), ('test', [str(tmp_path / 'some.pth')])):
         module = load_tool(name)
         monkeypatch.setattr(module, 'build_runner', build_runner)
@@ -176,7 +179,7 @@ def test_mixed_precision_reaches_the_runner(monkeypatch, tmp_path):
                 module.main()
             (cfg,) = caught.value.args
             if name == 'train':
-                expected = ('AmpOptimWrapper', 'dynamic') if amp else ('OptimWrapper', None)
+                expected = wrapper if amp else ('OptimWrapper', None)
                 assert (cfg.optim_wrapper.type, cfg.optim_wrapper.get('loss_scale')) == expected
             else:
                 assert cfg.test_cfg.get('fp16', False) == bool(amp)
@@ -199,9 +202,29 @@ def test_training_does_not_start_from_the_other_form_of_attention(tmp_path, monk
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='it is for machines without a GPU')
-def test_mixed_precision_needs_a_gpu():
-    code, said = tool_here('train.py', CLASSIFIER, '--amp')
-    assert code == 2 and 'mixed precision needs a GPU' in said
+@pytest.mark.parametrize('task', ['classification', 'mask-rcnn'])
+def test_trains_in_mixed_precision_on_the_cpu(workspace, monkeypatch, task):
+    """The checkpoint, with its optimiser, is one of an ordinary training, which resumes from it."""
+    monkeypatch.chdir(workspace)
+    config, folder = config_of(workspace, task), f'work_dirs/amp-{task}'
+    options = [*OPTIONS, 'model.backbone.init_cfg=None']
+    done = run_tool('train.py', config, '--work-dir', folder, '--amp', '--cfg-options', *options)
+    assert done.returncode == 0, done
+    for step in (2, 3):
+        content = torch.load(workspace / folder / f'iter_{step}.pth', weights_only=False)
+        dtypes = {value.dtype for value in content['state_dict'].values()}
+        assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
+        assert content['optimizer'].keys() == {'state', 'param_groups'}
+        longer = [*options, 'train_cfg.max_iters=3', 'train_cfg.val_interval=3']
+        assert run_tool('train.py', config, '--work-dir', folder, '--resume', '--cfg-options', *longer).returncode == 0
+
+
+def test_mixed_precision_on_the_cpu_takes_bfloat16_only(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr('soft_mm.runner.get_device', lambda: 'cpu')
+    options = [*OPTIONS, 'optim_wrapper.dtype=float16']
+    said = run_tool('train.py', CLASSIFIER, '--work-dir', 'work_dirs/half', '--amp', '--cfg-options', *options)
+    assert said.returncode.split(': ', 1)[1].startswith("optim_wrapper: dtype='float16': expected bfloat16")
 
 
 def test_checkpoint_of_another_model_is_not_evaluated(workspace, checkpoints):
@@ -229,6 +252,21 @@ def test_learning_rate_scaling_reaches_the_runner(monkeypatch, tmp_path):
         with pytest.raises(Built) as caught:
             module.main()
         assert caught.value.args[0].auto_scale_lr.get('enable', False) == bool(options)
+
+
+def test_scaled_learning_rate_is_told(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    options = [*OPTIONS, 'auto_scale_lr.base_batch_size=64']
+    options[options.index('train_cfg.max_iters=2')] = 'train_cfg.max_iters=1'
+    arguments = ('--work-dir', 'work_dirs/scaled', '--auto-scale-lr', '--cfg-options', *options)
+    done = run_tool('train.py', CLASSIFIER, *arguments)
+    assert done.returncode == 0, done
+    logs = ''.join(path.read_text() for path in (workspace / 'work_dirs/scaled').rglob('*.log'))
+    said = [line for line in logs.splitlines() if '--auto-scale-lr: ' in line]
+    assert len(said) == 1 and said[0].endswith(
+        '--auto-scale-lr: the config has the learning rate 0.0004 for 64 images a step; with 2 images (1 process, '
+        '2 images each), it is 1.25e-05'
+    )
 
 
 def test_two_processes_train_and_evaluate(workspace, tmp_path):

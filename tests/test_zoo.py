@@ -1,17 +1,21 @@
 """Every config of the model zoo builds the published model. The tiny models train for one step and predict."""
 
+import contextlib
 import copy
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
+from torch.utils.data import DataLoader
 
+from soft_mm.hooks import BatchNormCheckHook
 from soft_mm.models.arch import parse_arch
-from soft_mm.utils import build_model, dicts_in
+from soft_mm.utils import DataError, build_model, dicts_in
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ('imagenet', 'coco', 'ade20k', 'cityscapes')
@@ -104,6 +108,18 @@ def test_recipe_of_the_authors():
         augment, erasing = pipeline['RandAugment'], pipeline['RandomErasing']
         assert (augment.policies, augment.magnitude_level, augment.magnitude_std) == ('timm_increasing', 9, 0.5)
         assert erasing.erase_prob == 0.25 and 'ColorJitter' not in pipeline
+
+
+def test_learning_rates_are_for_the_batch_in_the_name():
+    for config in CONFIGS:
+        cfg = Config.fromfile(config)
+        # The names of mmdet's configs have no batch if it is 8x2.
+        gpus, images = re.search(r'_(\d+)xb(\d+)', config.stem).groups() if '_coco' not in config.stem else (8, 2)
+        if 'deformable-detr' in config.stem:
+            gpus = 16
+        assert cfg.train_dataloader.batch_size == int(images), config
+        assert cfg.auto_scale_lr.base_batch_size == int(gpus) * int(images), config
+        assert not cfg.auto_scale_lr.get('enable', False), config
 
 
 def test_no_weight_decay_on_the_class_token_and_norms(use):
@@ -252,6 +268,37 @@ def test_tiny_models_train_and_predict_in_half_precision(config, dtype, use):
         scores = list(scores_of(predictions))
         assert all(value.numel() and torch.isfinite(value).all() for value in scores)
     assert totals[True] == pytest.approx(totals[False], rel=0.02)
+
+
+@pytest.mark.long
+@TINY
+def test_tiny_models_take_a_step_in_mixed_precision_on_the_cpu(config, use):
+    """The whole models, and of Mask R-CNN backbone and neck."""
+    from mmengine.optim import build_optim_wrapper
+
+    cfg, model, size = model_with_random_weights(config, use)
+    batch, start, losses = image_batch(cfg.default_scope, size), copy.deepcopy(model.state_dict()), []
+    for kind in ('OptimWrapper', 'soft_mm.CPUAmpOptimWrapper'):
+        model.load_state_dict(start)
+        wrapper = build_optim_wrapper(model, dict(cfg.optim_wrapper, type=kind))
+        set_random_seed(1)
+        losses.append(model.train().train_step(copy.deepcopy(batch), wrapper)['loss'].item())
+    assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert not any('forward' in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize('world_size', [1, 8])
+def test_batchnorm_with_one_image_is_found(world_size):
+    for config in (path for path in CONFIGS if path.parent.name in ('ade20k', 'cityscapes')):
+        loader = DataLoader(range(4), batch_size=1)
+        runner = SimpleNamespace(model=empty_model(config), train_dataloader=loader, world_size=world_size)
+        # UperNet's configs have SyncBN.
+        refused = config.stem.startswith('upernet') and world_size == 1
+        expected = r'BatchNorm of decode_head\.psp_modules\.0\.1\.bn cannot be trained on one image.*batch_size to 2'
+        with pytest.raises(DataError, match=expected) if refused else contextlib.nullcontext():
+            BatchNormCheckHook().before_train(runner)
+        runner.train_dataloader = DataLoader(range(4), batch_size=2)
+        BatchNormCheckHook().before_train(runner)
 
 
 def test_configs_are_inherited_from_elsewhere(tmp_path, use):

@@ -6,6 +6,7 @@ The file contains the normalisation. It is compared with the toolbox's predictio
 import argparse
 from pathlib import Path
 
+from soft_mm.config_errors import add_traceback_option, config_errors
 from soft_mm.export import DYNAMIC, INPUT_DTYPES, export_onnx
 
 
@@ -33,19 +34,21 @@ def main():
     )
     parser.add_argument('--no-check', action='store_true', help='do not compare the file with the toolbox')
     parser.add_argument('--force', action='store_true', help='replace an existing file')
+    add_traceback_option(parser)
     args = parser.parse_args()
     try:
-        lines = export_onnx(
-            args.config,
-            args.checkpoint,
-            args.out,
-            tuple(args.shape),
-            args.dynamic,
-            args.input_dtype,
-            args.images,
-            not args.no_check,
-            args.force,
-        )
+        with config_errors(args.config, args.traceback):
+            lines = export_onnx(
+                args.config,
+                args.checkpoint,
+                args.out,
+                tuple(args.shape),
+                args.dynamic,
+                args.input_dtype,
+                args.images,
+                not args.no_check,
+                args.force,
+            )
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print('\n'.join([*lines, f'written: {args.out}, {Path(args.out).stat().st_size / 2**20:.1f} MiB']))

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from soft_mm.complexity import config_complexity
+from soft_mm.config_errors import add_traceback_option, config_errors
 
 
 def main():
@@ -22,9 +23,11 @@ def main():
         help='image height and width in pixels (default: 224 224); for a sequence, 1 and the number of tokens',
     )
     parser.add_argument('--backbone', action='store_true', help='count the backbone only')
+    add_traceback_option(parser)
     args = parser.parse_args()
     try:
-        parts = config_complexity(args.config, tuple(args.shape), args.backbone)
+        with config_errors(args.config, args.traceback):
+            parts = config_complexity(args.config, tuple(args.shape), args.backbone)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     title = escape(f'{args.config} at {args.shape[0]}x{args.shape[1]}')

@@ -5,6 +5,7 @@ The model is a config with a checkpoint, or a file that tools/export_onnx.py wro
 
 import argparse
 
+from soft_mm.config_errors import add_traceback_option, config_errors
 from soft_mm.inference import find_images, predict
 from soft_mm.onnx_model import predict_onnx
 from soft_mm.utils import check_device
@@ -28,6 +29,7 @@ def main():
     parser.add_argument(
         '--score-thr', type=float, help='smallest score of a box to draw, for detectors only (default: 0.3)'
     )
+    add_traceback_option(parser)
     args = parser.parse_args()
     try:
         if args.device:
@@ -40,7 +42,8 @@ def main():
         elif args.checkpoint is None:
             parser.error(f'{args.config} is a config: give its checkpoint too')
         else:
-            pictures = predict(images, args.config, args.checkpoint, args.out_dir, args.device, args.score_thr)
+            with config_errors(args.config, args.traceback):
+                pictures = predict(images, args.config, args.checkpoint, args.out_dir, args.device, args.score_thr)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(f'pictures written to {pictures}: {len(images)}')

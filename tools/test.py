@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mmengine.dist import is_main_process
 
+from soft_mm.config_errors import config_errors
 from soft_mm.export import check_task
 from soft_mm.inference import check_weights, read_whole_model
 from soft_mm.onnx_model import OnnxModel
@@ -32,39 +33,39 @@ def main():
         '--tta', action='store_true', help='test-time augmentation: tta_model, tta_pipeline of the config'
     )
     args = parser.parse_args()
-    with data_errors():
+    with config_errors(args.config, args.traceback), data_errors():
+        cfg = load_config(parser, args)
+        exported = args.checkpoint.endswith('.onnx')
         try:
-            cfg = load_config(parser, args)
-            exported = args.checkpoint.endswith('.onnx')
-            try:
-                if exported:
-                    if args.amp or args.tta or args.launcher != 'none':
-                        parser.error(f'{args.checkpoint} takes neither --amp nor --tta nor --launcher: leave them out')
-                    # Checked here, because the runner adds the names of its own classes to a message.
-                    check_task(OnnxModel(args.checkpoint), cfg)
-                    cfg.model, cfg.load_from = dict(type='OnnxTestModel', file=args.checkpoint), None
-                else:
-                    # Read safely first, because mmengine would run code in the file.
-                    cfg.load_from, weights = read_whole_model(args.checkpoint)
-                    without_pretrained(cfg.model)
-                    # Resuming would run the config in the metadata of the checkpoint.
-                    cfg.resume = False
-            except FileNotFoundError as error:
-                parser.error(str(error))
+            if exported:
+                if args.amp or args.tta or args.launcher != 'none':
+                    parser.error(f'{args.checkpoint} takes neither --amp nor --tta nor --launcher: leave them out')
+                # Checked here, because the runner adds the names of its own classes to a message.
+                check_task(OnnxModel(args.checkpoint), cfg)
+                cfg.model, cfg.load_from = dict(type='OnnxTestModel', file=args.checkpoint), None
+            else:
+                # Read safely first, because mmengine would run code in the file.
+                cfg.load_from, weights = read_whole_model(args.checkpoint)
+                without_pretrained(cfg.model)
+                # Resuming would run the config in the metadata of the checkpoint.
+                cfg.resume = False
             if args.tta:
                 use_test_time_augmentation(cfg)
-            if args.show_dir:
-                if args.tta and cfg.get('default_scope') == 'mmpretrain':
-                    parser.error('--show-dir: mmpretrain draws no pictures of augmented images: leave out one of both')
-                show_pictures(cfg, args.show_dir)
-            if args.amp:
-                cfg.test_cfg.fp16 = True
-            add_hooks(cfg, 'soft_mm.DataCheckHook')
-            runner = build_runner(cfg)
-            if not exported:
-                check_weights(runner.model, weights, args.checkpoint)
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             parser.error(str(error))
+        if args.show_dir:
+            if args.tta and cfg.get('default_scope') == 'mmpretrain':
+                parser.error('--show-dir: mmpretrain draws no pictures of augmented images: leave out one of both')
+            show_pictures(cfg, args.show_dir)
+        if args.amp:
+            cfg.test_cfg.fp16 = True
+        add_hooks(cfg, 'soft_mm.DataCheckHook')
+        runner = build_runner(cfg)
+        if not exported:
+            try:
+                check_weights(runner.model, weights, args.checkpoint)
+            except ValueError as error:
+                parser.error(str(error))
         metrics = runner.test()
     if args.json and is_main_process():
         # Not written atomically, because a device such as /dev/stdout cannot be renamed.

@@ -1,8 +1,7 @@
 """Train a config of mmpretrain, mmdet or mmsegmentation."""
 
-import torch
-
 from soft_mm.checkpoints.matching import check_normalized
+from soft_mm.config_errors import config_errors
 from soft_mm.inference import read_whole_model
 from soft_mm.models.attention.softmax_free import normalized_options
 from soft_mm.runner import (
@@ -15,6 +14,7 @@ from soft_mm.runner import (
     load_config,
     protect_checkpoints,
     runner_parser,
+    use_mixed_precision,
 )
 
 
@@ -29,7 +29,7 @@ def main():
     )
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the actual batch size')
     args = parser.parse_args()
-    with data_errors():
+    with config_errors(args.config, args.traceback), data_errors():
         cfg = load_config(parser, args)
         find_start(cfg, args.resume)
         content = {}
@@ -42,20 +42,18 @@ def main():
             except (FileNotFoundError, ValueError) as error:
                 parser.error(str(error))
         if args.amp:
-            if not torch.cuda.is_available():
-                parser.error('--amp: mixed precision needs a GPU, but PyTorch finds none; leave the option out')
-            cfg.optim_wrapper.type = 'AmpOptimWrapper'
-            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+            use_mixed_precision(cfg.optim_wrapper)
         if args.auto_scale_lr:
             if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
                 parser.error(f'--auto-scale-lr: set auto_scale_lr = dict(base_batch_size=...) in {args.config} first')
             cfg.auto_scale_lr.enable = True
-        add_hooks(cfg, 'soft_mm.DataCheckHook', 'soft_mm.MissingGradientHook')
+            add_hooks(cfg, 'soft_mm.ScaledRateHook')
+        add_hooks(cfg, 'soft_mm.DataCheckHook', 'soft_mm.BatchNormCheckHook', 'soft_mm.MissingGradientHook')
         protect_checkpoints(cfg)
         with full_disk(cfg.work_dir):
             runner = build_runner(cfg)
             try:
-                check_normalized(content, normalized_options(runner.model), cfg.load_from)
+                check_normalized(content, normalized_options(runner.model), cfg.get('load_from'))
             except ValueError as error:
                 parser.error(str(error))
             runner.train()

@@ -9,16 +9,20 @@ import sys
 def resumable_job():
     """Exit with a short message instead of a traceback if the job fails, is interrupted or receives SIGTERM.
 
+    After the first signal, further ones are ignored, so that the child processes are ended too.
+
     Yields:
         None
     """
 
     def interrupt(number, frame):
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     # By default, SIGTERM ends this process but not the training that it started. That training would then write to the
     # same folder as a restarted job. KeyboardInterrupt ends both.
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except (RuntimeError, ImportError, OSError) as error:
@@ -26,4 +30,5 @@ def resumable_job():
     except KeyboardInterrupt:
         sys.exit('interrupted; run the same command again to resume from the newest checkpoint, if there is one')
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

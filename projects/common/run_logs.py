@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from soft_mm.runner import find_newest_checkpoint
+
 
 def read_scalars(work_dir):
     """Read the logged scalars of all runs in a work dir, oldest run first.
@@ -28,6 +30,18 @@ def read_scalars(work_dir):
     return records
 
 
+def read_losses(work_dir):
+    """Read the training losses of all runs in a work dir.
+
+    Args:
+        work_dir (str | Path): See :func:`read_scalars`.
+
+    Returns:
+        list[tuple[int, float]]: Iterations and losses.
+    """
+    return [(record['step'], record['loss']) for record in read_scalars(work_dir) if 'loss' in record]
+
+
 def last_checkpoint(work_dir):
     """Return the newest checkpoint of a work dir.
 
@@ -39,7 +53,9 @@ def last_checkpoint(work_dir):
         Path | None: The checkpoint, or None if there is none.
     """
     note = Path(work_dir) / 'last_checkpoint'
-    if not note.is_file():
-        return None
-    checkpoint = Path(work_dir) / Path(note.read_text().strip()).name
-    return checkpoint if checkpoint.is_file() else None
+    name = Path(note.read_text().strip()).name if note.is_file() else ''
+    if name and (checkpoint := Path(work_dir) / name).is_file():
+        return checkpoint
+    # A run that is killed while it writes the note leaves the checkpoints themselves.
+    newest = find_newest_checkpoint(work_dir)
+    return Path(newest) if newest and Path(newest).parent == Path(work_dir) and Path(newest).is_file() else None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from soft_mm.utils import read_config, write_json
 
+from .locks import inherited_files
 from .run_logs import last_checkpoint, read_scalars
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,12 +130,13 @@ def _run_tool(name, *arguments, log, threads):
     # `projects` and `soft_mm` must be imported from this repository, whatever the current directory is.
     paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    options = dict(pass_fds=files) if (files := inherited_files()) else {}
     if log is None:
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run(command, check=True, env=environment, **options)
         return
     environment['OMP_NUM_THREADS'] = str(threads)
     with open(log, 'a') as file:
-        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT, env=environment, **options)
 
 
 def _fingerprint(task, data, overrides, pretrained):

@@ -17,8 +17,11 @@ class SequenceEncoder(BaseModule):
     """Classification backbone for sequences: embeddings, softmax-free blocks, mean over the tokens.
 
     Token and position embeddings are added and normalised as in BERT (arXiv:1810.04805), because post-norm blocks do
-    not normalise their input. Padding tokens have a position embedding only. They take part in the attention,
-    because the attentions take no mask, but not in the mean.
+    not normalise their input. Padding tokens take part neither in the attention, which gets them as its mask, nor in
+    the mean. If the attention forms patches or segments of tokens, the padded length decides where they end. It changes
+    the result if ``max_landmarks`` pools landmarks, with random landmarks, with Linformer, and with Nystrom's means of
+    segments. Otherwise it does not, up to rounding, if the last patch with a token is complete: if it is at least the
+    length of the sequence, rounded up to a multiple of ``ratio``.
 
     Args:
         vocab_size (int): Number of token ids, including id 0 for padding.
@@ -79,7 +82,7 @@ class SequenceEncoder(BaseModule):
 
         Returns:
             tuple[Tensor]: One tensor ``(B, C)``, the mean over the tokens that are not padding. It is zero for a
-                sequence that consists of padding only.
+                sequence that consists of padding only. Padding changes it only as described for the class.
 
         Raises:
             ValueError: If the input is not two-dimensional, empty, or longer than ``length``.
@@ -91,9 +94,10 @@ class SequenceEncoder(BaseModule):
             )
         n = tokens.shape[1]
         x = self.embed_norm(self.token_embed(tokens) + self.pos_embed[:, :n])
+        mask = tokens != PADDING
         for block in self.blocks:
-            x = block(x, (n,))
-        present = (tokens != PADDING).unsqueeze(-1)
+            x = block(x, (n,), mask)
+        present = mask.unsqueeze(-1)
         return ((x * present).sum(1) / present.sum(1).clamp(min=1),)
 
 

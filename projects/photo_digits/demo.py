@@ -14,14 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from projects.common.jobs import resumable_job
-from projects.common.run_logs import last_checkpoint
+from projects.common.locks import folder_lock
+from projects.common.run_logs import last_checkpoint, read_losses
 from projects.common.training import Task, train_task
 from soft_mm.export import export_onnx
 from soft_mm.onnx_model import import_extra
 from soft_mm.utils import read_config, write_json
 
 from .dataset_files import MANIFEST, export_photo_digits
-from .pictures import draw_loss_curves, draw_predictions
+from .demo_page import write_report
+from .pictures import draw_attention_rows, draw_loss_curves, draw_predictions
 
 DATA = Path('data/photo_digits_demo')
 NUM_VAL = dict(num_crops=1000, num_scenes=200)
@@ -43,7 +45,7 @@ _EXPORTS = ((CLASSIFICATION, 64, 'val/crops'), (SEGMENTATION, 192, 'val/scenes/i
 
 
 def run_demo(work_dir='work_dirs/demo', from_scratch=False):
-    """Train all models of the demo, draw the pictures, and write ``summary.json``.
+    """Train all models of the demo, draw the pictures, and write ``summary.json`` and ``report.html``.
 
     Args:
         work_dir (str | Path): Folder of all results. Only the data set is written elsewhere, to
@@ -64,8 +66,13 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
         crop_options=read_config(CLASSIFICATION.config_file).crop_options.to_dict(),
         scene_options=read_config(DETECTION.config_file).scene_options.to_dict(),
     )
-    if not export_photo_digits(DATA, splits=('val',), **NUM_VAL, **options):
-        console.print(f'{DATA} is already complete')
+    # The demo from scratch uses the same data.
+    with folder_lock(DATA):
+        found = (DATA / MANIFEST).is_file()
+        if not export_photo_digits(DATA, splits=('val',), **NUM_VAL, **options):
+            console.print(f'{DATA} is already complete')
+        elif found:
+            console.print(f'{DATA} was incomplete or had other options, so it has been written again')
     summary = {}
     pretrained = None
     tasks = (DETECTION, SEGMENTATION) if from_scratch else (CLASSIFICATION, DETECTION, SEGMENTATION)
@@ -78,19 +85,30 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
         else:
             options = {'model.backbone.init_cfg.checkpoint': pretrained}
         summary[task.name] = train_task(task, work_dir / task.name, DATA / MANIFEST, console, options, pretrained)
-        if task is CLASSIFICATION:
+        if not from_scratch:
+            # The segmentor starts from the detector's backbone, which has learned on scenes.
             pretrained = last_checkpoint(work_dir / task.name)
     console.rule('pictures')
     draw_loss_curves({task.name: work_dir / task.name for task in tasks}, work_dir / 'loss_curves.png')
+    scenes = {}
     for task in (DETECTION, SEGMENTATION):
         picture = work_dir / f'{task.name}.png'
+        checkpoint = last_checkpoint(work_dir / task.name)
         # mmengine shares visualizers of the same name within a process, so each toolbox draws in a separate process.
-        _in_new_process(draw_predictions, task.config_file, last_checkpoint(work_dir / task.name), picture)
+        scenes[task.name] = _in_new_process(draw_predictions, task.config_file, checkpoint, picture)
+    checkpoint = last_checkpoint(work_dir / DETECTION.name)
+    attention = _in_new_process(
+        draw_attention_rows, DETECTION.config_file, checkpoint, work_dir / 'attention.png', DATA / 'val/scenes'
+    )
     summary['versions'] = _versions()
     path = work_dir / 'summary.json'
     write_json(path, summary)
+    losses = {task.name: read_losses(work_dir / task.name) for task in tasks}
+    write_report(work_dir / 'report.html', summary, losses, scenes, attention)
     _print_summary(summary, console)
-    console.print(f'Results: {path}; pictures in the same folder: loss_curves.png, detection.png, segmentation.png')
+    pictures = 'loss_curves.png, detection.png, segmentation.png, attention.png'
+    console.print(f'Results: {path}; pictures in the same folder: {pictures}')
+    console.print(f'Everything on one page, to open in a browser: {work_dir / "report.html"}')
     if not from_scratch:
         _export(work_dir, console)
     return summary
@@ -116,7 +134,13 @@ def _export(work_dir, console):
 
 def _in_new_process(function, *arguments, **options):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
-        return pool.submit(function, *arguments, **options).result()
+        try:
+            return pool.submit(function, *arguments, **options).result()
+        except KeyboardInterrupt:
+            # Otherwise the pool waits for the function.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _versions():
@@ -145,8 +169,9 @@ def main():
         help='train the detector and the segmentor from random initialisation, in work_dirs/demo-scratch',
     )
     args = parser.parse_args()
-    with resumable_job():
-        run_demo('work_dirs/demo-scratch' if args.from_scratch else 'work_dirs/demo', args.from_scratch)
+    work_dir = 'work_dirs/demo-scratch' if args.from_scratch else 'work_dirs/demo'
+    with resumable_job(), folder_lock(work_dir):
+        run_demo(work_dir, args.from_scratch)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ from .attention import (
     PerformerAttention,
     SoftmaxAttention,
     SoftmaxFreeAttention,
+    SoftmaxFreeCrossAttention,
     SpatialReductionAttention,
 )
 from .soft import SOFT
@@ -19,5 +20,6 @@ __all__ = [
     'SOFT',
     'SoftmaxAttention',
     'SoftmaxFreeAttention',
+    'SoftmaxFreeCrossAttention',
     'SpatialReductionAttention',
 ]

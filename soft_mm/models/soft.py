@@ -34,7 +34,7 @@ from soft_mm.checkpoints.matching import (
 )
 from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate
-from soft_mm.ops.kernel import compute_dtype
+from soft_mm.ops.kernel import compute_dtype, is_autocast_enabled
 from soft_mm.ops.recording import has_dynamic_side, is_tracing, needs_standard_operators
 from soft_mm.registry import MODELS, find_registered
 
@@ -52,7 +52,6 @@ from .attention.softmax_free import normalized_options
 from .blocks import PreNormBlock, SoftmaxFreeBlock, reset_parameters
 
 STEM_DIMS = 32
-_AUTOCAST_TAKES_DEVICE = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)
 # What to do about keywords that configs of other backbones have.
 _HINTS = dict(
     pretrained='set model.pretrained=None and _delete_=True in the backbone if the config inherits from one of another '
@@ -112,12 +111,6 @@ def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
     resized = nn.functional.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False)
     # Integers, as a file may hold them, would be rounded.
     return resized.to(pos_embed.dtype) if pos_embed.is_floating_point() else resized
-
-
-def _is_autocast_enabled(device_type: str) -> bool:
-    if _AUTOCAST_TAKES_DEVICE:
-        return torch.is_autocast_enabled(device_type)
-    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 class SOFTStage(BaseModule):
@@ -186,7 +179,7 @@ class SOFTStage(BaseModule):
         if x.device != self.pos_embed.device:
             raise ValueError(f'input on {x.device}, but the backbone is on {self.pos_embed.device}: move one of them')
         # Autocast converts all but float64.
-        converted = x.dtype != torch.float64 and _is_autocast_enabled(x.device.type)
+        converted = x.dtype != torch.float64 and is_autocast_enabled(x.device.type)
         if x.dtype != self.pos_embed.dtype and not converted:
             raise ValueError(
                 f'input of {x.dtype}, but the backbone has {self.pos_embed.dtype}: convert one of them, or use '

@@ -12,6 +12,7 @@ from .baseline_attention import (
     orthogonal_features,
     performer_attention,
     resize_sequence_projection,
+    softmax_attention,
 )
 from .blockwise import blockwise_attention, whole_attention
 from .inverse import newton_inverse, newton_inverse_per_image, pseudo_inverse, ridge_matrix, safe_ridge
@@ -20,9 +21,12 @@ from .landmarks import (
     activate_landmarks,
     conv_landmarks,
     mean_landmarks,
+    mean_present_landmarks,
     pool_landmarks,
+    pool_present_landmarks,
     pool_to_slots,
     pooled_grid,
+    present_patches,
     project_patches,
     random_landmarks,
 )
@@ -37,6 +41,7 @@ __all__ = [
     'linformer_attention',
     'local_branch',
     'mean_landmarks',
+    'mean_present_landmarks',
     'middle_matrix',
     'newton_inverse',
     'newton_inverse_per_image',
@@ -45,14 +50,17 @@ __all__ = [
     'orthogonal_features',
     'performer_attention',
     'pool_landmarks',
+    'pool_present_landmarks',
     'pool_to_slots',
     'pooled_grid',
+    'present_patches',
     'project_patches',
     'pseudo_inverse',
     'random_landmarks',
     'resize_sequence_projection',
     'ridge_matrix',
     'safe_ridge',
+    'softmax_attention',
     'softmax_free_attention',
     'whole_attention',
 ]

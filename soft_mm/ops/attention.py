@@ -13,6 +13,7 @@ from .inverse import (
     pseudo_inverse,
     ridge_matrix,
     scales_to_converge,
+    with_identity,
 )
 from .kernel import compute_dtype, gaussian_kernel
 
@@ -55,7 +56,9 @@ def _kernel_and_ridge_matrix(landmarks: Tensor, ridge: float, present: Tensor | 
     if present is None:
         landmarks = landmarks - landmarks.mean(-2, keepdim=True)
     else:
-        landmarks = (landmarks - landmarks.sum(-2, keepdim=True) / present.sum()) * present[:, None]
+        mask = present.unsqueeze(-1)
+        mean = (landmarks * mask).sum(-2, keepdim=True) / mask.sum(-2, keepdim=True).clamp(min=1)
+        landmarks = (landmarks - mean) * mask
     kernel = _landmark_kernel(landmarks, present)
     return kernel, ridge_matrix(kernel, ridge, landmarks.detach().square().sum(-1).amax(-1))
 
@@ -63,9 +66,7 @@ def _kernel_and_ridge_matrix(landmarks: Tensor, ridge: float, present: Tensor | 
 def _landmark_kernel(landmarks: Tensor, present: Tensor | None) -> Tensor:
     """Return ``A``. Slots without a landmark get the rows and columns of the identity, so they change no other slot."""
     kernel = gaussian_kernel(landmarks, landmarks)
-    if present is None:
-        return kernel
-    return kernel * (present[:, None] * present) + torch.diag(1 - present)
+    return kernel if present is None else with_identity(kernel, present)
 
 
 def _degree_roots(kernel: Tensor, degree_scale: float | Tensor) -> Tensor:
@@ -94,9 +95,11 @@ def middle_matrix(
         newton_iterations (int): Number of iterations of ``'newton'``. Defaults to 20.
         newton_backward (str): See :func:`~soft_mm.ops.newton_inverse`. Defaults to ``'one_step'``.
         ridge (float): Added to the diagonal of ``A``, by ``'cholesky'`` and plain ``'newton'`` only. Defaults to 0.01.
-        degree_scale (float): Factor of the degrees, used with ``normalized`` only. Defaults to 1.
-        present (Tensor | None): Mask of the slots that hold a landmark, see :func:`~soft_mm.ops.pool_to_slots`.
-            Defaults to None: all.
+        degree_scale (float | Tensor): Factor of the degrees, used with ``normalized`` only: a number, or one per image,
+            ``(B, 1, 1, 1)``. Defaults to 1.
+        present (Tensor | None): Ones and zeros, ``(m,)`` or ``(B, 1, m)``: which slots hold a landmark. The others
+            become rows and columns of the identity in ``A``, whatever they hold, as long as it is finite. Defaults to
+            None: all.
 
     Returns:
         tuple[Tensor, bool]: A matrix ``(B, h, m, m)`` in float32 or wider, and the flag ``inverted``: False if the
@@ -104,10 +107,11 @@ def middle_matrix(
         :func:`~soft_mm.ops.blockwise_attention`.
 
     Raises:
-        NotImplementedError: If ``present`` is given for ``'svd'``.
         ValueError: See :func:`check_solver`.
     """
     check_solver(solver, normalized, newton_iterations=newton_iterations, newton_backward=newton_backward, ridge=ridge)
+    if present is not None:
+        present = present.to(compute_dtype(landmarks))
     if solver == 'cholesky':
         kernel, matrix = _kernel_and_ridge_matrix(landmarks, ridge, present)
         if torch.onnx.is_in_onnx_export():
@@ -116,12 +120,7 @@ def middle_matrix(
             return (inverse / _degree_roots(kernel, degree_scale) if normalized else inverse), False
         return (matrix * _degree_roots(kernel, degree_scale) if normalized else matrix), True
     if solver == 'svd':
-        if present is not None:
-            raise NotImplementedError(
-                "solver='svd' with bounded landmarks cannot be exported for variable image sides, nor strictly: export "
-                "one size, or set solver='cholesky'"
-            )
-        inverse, kernel = pseudo_inverse(landmarks)
+        inverse, kernel = pseudo_inverse(landmarks, present)
     else:
         kernel = _landmark_kernel(landmarks, present)
         if normalized:
@@ -139,26 +138,32 @@ def softmax_free_attention(
     newton_iterations: int = 20,
     newton_backward: str = 'one_step',
     ridge: float = 0.01,
+    k: Tensor | None = None,
 ) -> Tensor:
-    """Compute plain attention ``P (A_inv (P^T v))`` with ``P = g(q, l)`` and ``A = g(l, l)`` (SOFT, section 3.2).
+    """Compute plain attention ``P_q (A_inv (P_k^T v))`` with ``P_q = g(q, l)`` and ``A = g(l, l)`` (SOFT, section 3.2).
 
-    ``P`` is formed in chunks of tokens (:mod:`soft_mm.ops.blockwise`). Nothing of size ``n x n`` or ``n x m`` is held.
+    It approximates ``g(q, k) v``, and equals it if the landmarks are the keys or the queries and the inverse is exact.
+    ``P_q`` and ``P_k`` are formed in chunks of tokens (:mod:`soft_mm.ops.blockwise`). Nothing of size ``n x n_k`` or
+    ``n x m`` is held.
 
     Args:
-        q (Tensor): Scaled queries, which are also the keys, ``(B, h, n, d)``.
+        q (Tensor): Scaled queries ``(B, h, n, d)``.
         landmarks (Tensor): ``(B, h, m, d)``.
-        v (Tensor): Values ``(B, h, n, d_v)``.
+        v (Tensor): Values ``(B, h, n_k, d_v)``, one for each key.
         solver (str): ``'newton'``: the authors' truncated iterations on ``A + ridge * I``. ``'cholesky'``: the inverse
             of ``A + ridge * I``. ``'svd'``: the exact pseudo-inverse of ``A``, slow. Defaults to ``'newton'``.
         newton_iterations (int): See :func:`~soft_mm.ops.newton_inverse`. Defaults to 20.
         newton_backward (str): See :func:`~soft_mm.ops.newton_inverse`. Defaults to ``'one_step'``.
         ridge (float): Added to the diagonal of ``A`` by ``'newton'`` and ``'cholesky'``. Defaults to 0.01.
+        k (Tensor | None): Scaled keys ``(B, h, n_k, d)``, for attention between two sets of tokens. Defaults to None:
+            the queries, as in SOFT.
 
     Returns:
         Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider.
 
     Raises:
-        ValueError: If an option is out of its range, or has no effect with this solver and differs from its default.
+        ValueError: If an option is out of its range, or has no effect with this solver and differs from its default,
+            or if there is not one value for each key.
     """
     matrix = middle_matrix(
         landmarks,
@@ -168,7 +173,7 @@ def softmax_free_attention(
         newton_backward=newton_backward,
         ridge=ridge,
     )
-    return blockwise_attention(q, landmarks, v, *matrix)
+    return blockwise_attention(q, landmarks, v, *matrix, k=k)
 
 
 def normalized_softmax_free_attention(
@@ -179,15 +184,16 @@ def normalized_softmax_free_attention(
     newton_iterations: int = 20,
     ridge: float = 0.01,
     degree_scale: float = 1.0,
+    k: Tensor | None = None,
 ) -> Tensor:
-    """Compute normalised attention ``P (D^-1/2 A_inv D^-1/2 (P^T v))`` (SOFT++, attention normalisation).
+    """Compute normalised attention ``P_q (D^-1/2 A_inv D^-1/2 (P_k^T v))`` (SOFT++, attention normalisation).
 
     ``D`` is ``degree_scale * diag(A 1)``.
 
     Args:
         q (Tensor): As in :func:`softmax_free_attention`.
         landmarks (Tensor): ``(B, h, m, d)``.
-        v (Tensor): ``(B, h, n, d_v)``.
+        v (Tensor): ``(B, h, n_k, d_v)``.
         solver (str): ``'newton'``: the authors' truncated iterations, without a ridge and with one step size per image;
             the gradient passes through the iterations. ``'cholesky'``: the inverse of ``A + ridge * I``. ``'svd'``: the
             exact pseudo-inverse of ``A``, slow. Defaults to ``'newton'``.
@@ -195,12 +201,13 @@ def normalized_softmax_free_attention(
         ridge (float): Added to the diagonal of ``A`` by ``'cholesky'``. Defaults to 0.01.
         degree_scale (float): Factor of ``D``: the number of landmarks that were averaged to form each given landmark.
             Defaults to 1.
+        k (Tensor | None): As in :func:`softmax_free_attention`. Defaults to None: the queries.
 
     Returns:
         Tensor: ``(B, h, n, d_v)`` in the dtype of ``v``, computed in float32 or wider.
 
     Raises:
-        ValueError: If an option is out of its range, or has no effect with this solver and differs from its default.
+        ValueError: See :func:`softmax_free_attention`.
     """
     matrix = middle_matrix(
         landmarks,
@@ -210,7 +217,7 @@ def normalized_softmax_free_attention(
         ridge=ridge,
         degree_scale=degree_scale,
     )
-    return blockwise_attention(q, landmarks, v, *matrix)
+    return blockwise_attention(q, landmarks, v, *matrix, k=k)
 
 
 def local_branch(v: Tensor, grid: tuple[int, int], weight: Tensor) -> Tensor:

@@ -14,6 +14,26 @@ from torch import Tensor
 from .kernel import compute_dtype, gaussian_kernel, without_autocast
 
 
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute softmax attention with PyTorch's fused kernel (arXiv:1706.03762, section 3.2).
+
+    Args:
+        q (Tensor): Queries ``(B, h, n, d)``.
+        k (Tensor): Keys ``(B, h, m, d)``.
+        v (Tensor): Values ``(B, h, m, d)``.
+        mask (Tensor | None): ``(B, m)``, True where a key takes part. Defaults to None: all.
+
+    Returns:
+        Tensor: ``(B, h, n, d)``, zero for an image in which no key takes part.
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    empty = ~mask.any(-1, keepdim=True)
+    # The softmax over no key at all would be NaN, and its gradient too.
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | empty)[:, None, None])
+    return out.masked_fill(empty[:, None, None], 0)
+
+
 def linformer_attention(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor, value_weight: Tensor) -> Tensor:
     """Compute softmax attention over ``p`` learned combinations of keys and values.
 
@@ -76,7 +96,9 @@ def orthogonal_features(
 
 
 @without_autocast
-def performer_attention(q: Tensor, k: Tensor, v: Tensor, features: Tensor, eps: float = 1e-6) -> Tensor:
+def performer_attention(
+    q: Tensor, k: Tensor, v: Tensor, features: Tensor, eps: float = 1e-6, mask: Tensor | None = None
+) -> Tensor:
     """Compute softmax attention by positive random features (Performer, arXiv:2009.14794, lemma 1).
 
     Args:
@@ -85,6 +107,8 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, features: Tensor, eps: 
         v (Tensor): Values ``(B, h, n, d)``.
         features (Tensor): ``(m, d)``, see :func:`orthogonal_features`.
         eps (float): Added to the features, so that the sum of the weights of a query is never 0. Defaults to 1e-6.
+        mask (Tensor | None): ``(B, n)``, True where a key takes part. An image without such a key gives zeros. Defaults
+            to None: all.
 
     Returns:
         Tensor: ``(B, h, n, d)`` in the dtype of ``v``, computed in float32 or wider.
@@ -100,9 +124,17 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, features: Tensor, eps: 
     # The maximum is subtracted to avoid overflow. The common factor cancels in the quotient.
     q, k = logits(q), logits(k)
     q = (q - q.detach().amax(-1, keepdim=True)).exp() + eps
-    k = (k - k.detach().amax((-2, -1), keepdim=True)).exp() + eps
-    out = q @ (k.transpose(-2, -1) @ values)
-    return (out / (q @ k.sum(-2).unsqueeze(-1))).to(v.dtype)
+    if mask is None:
+        k = (k - k.detach().amax((-2, -1), keepdim=True)).exp() + eps
+    else:
+        absent = ~mask[:, None, :, None]
+        k = k.masked_fill(absent, -torch.inf)
+        largest = k.detach().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(dtype).min)
+        k = ((k - largest).exp() + eps).masked_fill(absent, 0)
+    out, total = q @ (k.transpose(-2, -1) @ values), q @ k.sum(-2).unsqueeze(-1)
+    if mask is not None:
+        total = total.masked_fill(total == 0, 1)
+    return (out / total).to(v.dtype)
 
 
 @without_autocast
@@ -130,7 +162,14 @@ def iterative_pinv(matrix: Tensor, iterations: int = 6) -> Tensor:
 
 
 def nystrom_attention(
-    q: Tensor, k: Tensor, v: Tensor, query_landmarks: Tensor, key_landmarks: Tensor, iterations: int = 6
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    iterations: int = 6,
+    mask: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Compute ``softmax(q l_k^T) softmax(l_q l_k^T)^+ softmax(l_q k^T) v`` (Nystromformer, arXiv:2102.03902, eq. 13).
 
@@ -141,22 +180,35 @@ def nystrom_attention(
         query_landmarks (Tensor): ``(B, h, m, d)``.
         key_landmarks (Tensor): ``(B, h, m, d)``.
         iterations (int): Iterations of :func:`iterative_pinv`. Defaults to 6.
+        mask (Tensor | None): ``(B, n)``, True where a key takes part. Defaults to None: all.
+        present (Tensor | None): ``(B, m)``, True where a landmark is present. An image without one gives zeros.
+            Defaults to None: all.
 
     Returns:
         Tensor: ``(B, h, n, d)``.
     """
-    gathered = F.scaled_dot_product_attention(query_landmarks, k, v)
-    weights = _solve_landmarks(query_landmarks, key_landmarks, gathered, iterations)
-    return F.scaled_dot_product_attention(q, key_landmarks, weights)
+    gathered = softmax_attention(query_landmarks, k, v, mask)
+    weights = _solve_landmarks(query_landmarks, key_landmarks, gathered, iterations, present)
+    return softmax_attention(q, key_landmarks, weights, present)
 
 
 @without_autocast
-def _solve_landmarks(query_landmarks: Tensor, key_landmarks: Tensor, gathered: Tensor, iterations: int) -> Tensor:
+def _solve_landmarks(
+    query_landmarks: Tensor, key_landmarks: Tensor, gathered: Tensor, iterations: int, present: Tensor | None
+) -> Tensor:
     """Return ``softmax(l_q l_k^T)^+ gathered`` in the dtype of ``gathered``, computed in float32 or wider."""
     dtype = compute_dtype(gathered)
     query_landmarks, key_landmarks = query_landmarks.to(dtype), key_landmarks.to(dtype)
     scale = query_landmarks.shape[-1] ** -0.5
-    middle = torch.softmax(query_landmarks @ key_landmarks.transpose(-2, -1) * scale, dim=-1)
+    logits = query_landmarks @ key_landmarks.transpose(-2, -1) * scale
+    if present is not None:
+        # Absent landmarks get the rows and columns of the identity, so they change no other landmark.
+        pairs = present[:, None, :, None] & present[:, None, None, :]
+        index = torch.arange(present.shape[-1], device=present.device)
+        # onnxruntime has no identity matrix of this dtype.
+        identity = index[:, None] == index
+        logits = logits.masked_fill(~(pairs | identity), -torch.inf)
+    middle = torch.softmax(logits, dim=-1)
     return (iterative_pinv(middle, iterations) @ gathered.to(dtype)).to(gathered.dtype)
 
 

@@ -27,6 +27,24 @@ def add_ridge(kernel: Tensor, ridge: float | Tensor) -> Tensor:
     return kernel + ridge * torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
 
 
+def with_identity(kernel: Tensor, present: Tensor) -> Tensor:
+    """Replace the rows and columns of absent landmarks by those of the identity.
+
+    The inverse of the result is the inverse of the kernel of the present landmarks, next to an identity.
+
+    Args:
+        kernel (Tensor): ``A``, ``(B, h, m, m)``.
+        present (Tensor): Ones and zeros in the dtype of ``kernel``, ``(m,)`` or ``(B, 1, m)``.
+
+    Returns:
+        Tensor: ``(B, h, m, m)``.
+    """
+    rows, columns = present.unsqueeze(-1), present.unsqueeze(-2)
+    return kernel * (rows * columns) + torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device) * (
+        1 - rows
+    )
+
+
 def _iterate(kernel: Tensor, inverse: Tensor, iterations: int) -> Tensor:
     """Iterate ``V <- 2V - V A V`` from a symmetric ``V`` that commutes with the symmetric ``A``."""
     shape = kernel.shape
@@ -177,18 +195,21 @@ def newton_inverse_per_image(kernel: Tensor, iterations: int = 20) -> Tensor:
 
 
 @without_autocast
-def pseudo_inverse(landmarks: Tensor) -> tuple[Tensor, Tensor]:
+def pseudo_inverse(landmarks: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute the Moore-Penrose inverse of the landmark kernel in float64 from its singular values.
 
     It is the exact reference for the other inverses, and many times slower.
 
     Args:
         landmarks (Tensor): ``(..., m, d)``.
+        present (Tensor | None): See :func:`with_identity`. Defaults to None: all.
 
     Returns:
         tuple[Tensor, Tensor]: Inverse and kernel, each ``(..., m, m)`` in float32 or wider.
     """
     kernel = gaussian_kernel(landmarks.double(), landmarks.double())
+    if present is not None:
+        kernel = with_identity(kernel, present.double())
     dtype = compute_dtype(landmarks)
     # The decomposition of a matrix with NaN raises an error, also for the other matrices of the batch.
     finite = kernel.isfinite().all(-1).all(-1)[..., None, None]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 P = ParamSpec('P')
 T = TypeVar('T')
+_AUTOCAST_TAKES_DEVICE = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 4)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -23,6 +24,20 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
         torch.dtype: float64 for a float64 input, otherwise float32.
     """
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Return whether autocast is enabled for a device type.
+
+    Args:
+        device_type (str): ``'cpu'`` or ``'cuda'``.
+
+    Returns:
+        bool: Whether it is.
+    """
+    if _AUTOCAST_TAKES_DEVICE:
+        return torch.is_autocast_enabled(device_type)
+    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 def without_autocast(function: Callable[P, T]) -> Callable[P, T]:

@@ -1,13 +1,14 @@
 """Landmark (bottleneck) tokens: a few tokens per head that represent all tokens."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kernel import compute_dtype, without_autocast
-from .recording import has_variable, needs_standard_operators
+from .recording import has_dynamic_side, has_variable, needs_standard_operators
 
 
 @without_autocast
@@ -28,10 +29,15 @@ def project_patches(q: Tensor, grid: tuple[int, int], weight: Tensor) -> tuple[T
         tuple[Tensor, tuple[int, int]]: Tokens ``(B, h, m, d)`` in float32 or wider, and their grid
         ``(max(H // r, 1), max(W // r, 1))`` (for a sequence ``(1, max(n // r, 1))``).
     """
-    (B, heads, _, d), (H, W) = q.shape, grid
-    rows, columns = (int(side) for side in weight.shape[-2:])
-    dtype = compute_dtype(q)
-    maps = q.to(dtype).reshape(B, heads, H, W, d)
+    dtype, d = compute_dtype(q), q.shape[-1]
+    patches, out_grid = _cut_patches(q.to(dtype), grid, (int(weight.shape[-2]), int(weight.shape[-1])))
+    return F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1)), out_grid
+
+
+def _cut_patches(tokens: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Return the patches of tokens ``(B, h, n, d)`` as ``(B, h, m, patch size * d)``, and their grid."""
+    (B, heads, _, d), (H, W), (rows, columns) = tokens.shape, grid, patch
+    maps = tokens.reshape(B, heads, H, W, d)
     if has_variable(grid):
         # An export cannot decide whether a side is shorter than a patch. For the backbone's images none is.
         out_h, out_w = H // rows, W // columns
@@ -39,10 +45,24 @@ def project_patches(q: Tensor, grid: tuple[int, int], weight: Tensor) -> tuple[T
         out_h, out_w = max(H // rows, 1), max(W // columns, 1)
         for dim, side, r in ((2, H, rows), (3, W, columns)):
             if side < r:
-                maps = maps.index_select(dim, torch.arange(r, device=q.device) * side // r)
+                maps = maps.index_select(dim, torch.arange(r, device=tokens.device) * side // r)
     patches = maps[:, :, : out_h * rows, : out_w * columns].reshape(B, heads, out_h, rows, out_w, columns, d)
-    patches = patches.transpose(3, 4).reshape(B, heads, out_h * out_w, rows * columns * d)
-    return F.linear(patches, weight.to(dtype).permute(0, 2, 3, 1).reshape(d, -1)), (out_h, out_w)
+    return patches.transpose(3, 4).reshape(B, heads, out_h * out_w, rows * columns * d), (out_h, out_w)
+
+
+def present_patches(mask: Tensor, grid: tuple[int, int], patch: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return which patches of :func:`project_patches` hold a token that takes part.
+
+    Args:
+        mask (Tensor): ``(B, n)``, True where a token takes part.
+        grid (tuple[int, int]): Grid of the tokens.
+        patch (tuple[int, int]): Rows and columns of a patch.
+        dtype (torch.dtype): Dtype of the output.
+
+    Returns:
+        Tensor: ``(B, 1, m)`` with ones and zeros.
+    """
+    return _cut_patches(mask[:, None, :, None].to(dtype), grid, patch)[0].amax(-1)
 
 
 @without_autocast
@@ -160,6 +180,59 @@ def mean_landmarks(tokens: Tensor, grid: tuple[int, int], out_grid: tuple[int, i
     return F.adaptive_avg_pool2d(maps, out_grid).flatten(2).transpose(1, 2).unflatten(0, (B, heads))
 
 
+def mean_present_landmarks(
+    tokens: Tensor, present: Tensor, grid: tuple[int, int], out_grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Average the tokens that take part over the cells of a coarser grid, see :func:`mean_landmarks`.
+
+    Args:
+        tokens (Tensor): ``(B, h, n, d)``, finite.
+        present (Tensor): Ones and zeros ``(B, 1, n)``, in float32 or wider: which tokens take part.
+        grid (tuple[int, int]): Grid of the tokens.
+        out_grid (tuple[int, int]): Grid of the landmarks.
+
+    Returns:
+        tuple[Tensor, Tensor]: Landmarks ``(B, h, m, d)`` in float32 or wider, zero in cells without a token that takes
+        part; and the mask of the other cells, ``(B, 1, m)`` with ones and zeros.
+    """
+    return _mean_of_present(lambda x: mean_landmarks(x, grid, out_grid), tokens, present)
+
+
+def pool_present_landmarks(
+    landmarks: Tensor, present: Tensor, grid: tuple[int, int], max_landmarks: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Average the present landmarks as :func:`pool_landmarks` does, or :func:`pool_to_slots` with variable sides.
+
+    The cells are those of the whole grid. Each averages its present landmarks alone.
+
+    Args:
+        landmarks (Tensor): ``(B, h, M, d)``, finite.
+        present (Tensor): Ones and zeros ``(B, 1, M)``: which landmarks are present.
+        grid (tuple[int, int]): Grid of the landmarks, with ``M`` cells.
+        max_landmarks (int | None): Largest number of landmarks. None keeps all.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Landmarks ``(B, h, m, d)``, zero where absent; the pool factor ``(B, 1, 1, 1)``,
+        the number of present landmarks divided by that of present cells, or 1 if there is none; the mask of the present
+        cells, ``(B, 1, m)`` with ones and zeros.
+    """
+    if max_landmarks is not None and has_dynamic_side(grid):
+        bound = max_landmarks
+        pooled, cells = _mean_of_present(lambda x: pool_to_slots(x, grid, bound)[0], landmarks, present)
+    else:
+        pooled, cells = _mean_of_present(lambda x: pool_landmarks(x, grid, max_landmarks)[0], landmarks, present)
+    before, after = (mask.sum(-1)[..., None, None].clamp(min=1) for mask in (present, cells))
+    return pooled, before / after, cells
+
+
+def _mean_of_present(average: Callable[[Tensor], Tensor], tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of the present tokens by a linear ``average`` of all, and which means have such a token."""
+    weights = present.unsqueeze(-1)
+    share = average(weights)
+    filled = share > 0
+    return average(tokens * weights) / torch.where(filled, share, 1), filled.to(share.dtype).squeeze(-1)
+
+
 def _cell_weights(index: Tensor, cells: int | Tensor, side: int, dtype: torch.dtype) -> Tensor:
     """Return the weights ``(len(index), side)`` with which the cells of a side average it, as adaptive pooling does."""
     start = (index * side // cells)[:, None]
@@ -210,14 +283,19 @@ def pool_to_slots(landmarks: Tensor, grid: tuple[int, int], max_landmarks: int) 
     return torch.matmul(weights, landmarks), (H * W).to(dtype) / (rows * columns), present
 
 
-def random_landmarks(q: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+def random_landmarks(
+    q: Tensor, count: int, generator: torch.Generator | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Draw tokens without replacement, the same for every head and image (SOFT, ablation of landmark sampling).
+
+    With a mask, an image draws the tokens that take part first, in the order that all images share.
 
     Args:
         q (Tensor): ``(B, h, n, d)``.
         count (int): Number of landmarks, at most ``n``.
         generator (torch.Generator | None): A CPU generator. Defaults to None: PyTorch's generator of the device of
             ``q``.
+        mask (Tensor | None): ``(B, n)``, True where a token takes part. Defaults to None: all.
 
     Returns:
         Tensor: ``(B, h, count, d)``.
@@ -227,4 +305,8 @@ def random_landmarks(q: Tensor, count: int, generator: torch.Generator | None = 
         order = torch.randperm(n, device=q.device)
     else:
         order = torch.randperm(n, generator=generator).to(q.device)
-    return q.index_select(2, order[:count])
+    if mask is None:
+        return q.index_select(2, order[:count])
+    absent_last = (~mask[:, order]).byte().argsort(dim=1, stable=True)
+    chosen = order[absent_last[:, :count]]
+    return q.gather(2, chosen[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))

@@ -148,28 +148,33 @@ def softmax_free_attention(
     inverse: Callable[[Tensor], Tensor],
     normalized: bool = False,
     degree_scale: float = 1.0,
+    k: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``P A_inv P^T v``, or with ``normalized`` ``P D^-1/2 A_inv D^-1/2 P^T v``.
+    """Compute ``P_q A_inv P_k^T v``, or with ``normalized`` ``P_q D^-1/2 A_inv D^-1/2 P_k^T v``.
+
+    ``P_q = g(q, l)`` and ``P_k = g(k, l)``. The papers have the case ``k = q``.
 
     Sources: SOFT, section 3.2; SOFT++, attention normalisation.
 
     Args:
-        q (Tensor): Scaled queries, which are also the keys, ``(B, h, n, d)``.
+        q (Tensor): Scaled queries ``(B, h, n, d)``.
         landmarks (Tensor): ``(B, h, m, d)``.
-        v (Tensor): Values ``(B, h, n, d)``.
+        v (Tensor): Values ``(B, h, n_k, d_v)``, one for each key.
         inverse (Callable[[Tensor], Tensor]): Function that maps ``A``, ``(B, h, m, m)``, to its inverse.
         normalized (bool): Whether to use the degrees ``D = degree_scale * diag(A 1)``. Defaults to False.
         degree_scale (float): Number of landmarks that were averaged to form each given landmark. Defaults to 1.
+        k (Tensor | None): Scaled keys ``(B, h, n_k, d)``. Defaults to None: the queries.
 
     Returns:
-        Tensor: ``(B, h, n, d)``.
+        Tensor: ``(B, h, n, d_v)``.
     """
-    P, A = gaussian_kernel(q, landmarks), gaussian_kernel(landmarks, landmarks)
+    P_q, P_k = gaussian_kernel(q, landmarks), gaussian_kernel(q if k is None else k, landmarks)
+    A = gaussian_kernel(landmarks, landmarks)
     middle = inverse(A)
     if normalized:
         degree = degree_scale * A.sum(-1)
         middle = middle / torch.sqrt(degree.unsqueeze(-1) * degree.unsqueeze(-2))
-    return P @ middle @ P.transpose(-2, -1) @ v
+    return P_q @ middle @ P_k.transpose(-2, -1) @ v
 
 
 def local_branch(v: Tensor, grid: tuple[int, int], weight: Tensor) -> Tensor:

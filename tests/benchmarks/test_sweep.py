@@ -1,10 +1,12 @@
 """Token sweeps: measurements in processes of their own, rows for what fails, reports."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from benchmarks.report import growth_exponents, sweep_report
+from benchmarks.report import growth_exponents, print_report, sweep_report
 from benchmarks.sweep import SweepOptions, run_sweep
 from benchmarks.targets import Target, parse_target
 
@@ -104,3 +106,19 @@ def test_report_says_what_failed():
     report = sweep_report(rows, SweepOptions())
     assert report['exponents'] == {'a': dict(seconds=None, bytes=None, multiply_adds=None)}
     assert report['machine']['threads'] > 0
+
+
+def test_status_has_a_column_of_its_own():
+    seconds = dict(median=0.002, low=0.001, high=0.003)
+    ok = dict(status='ok', seconds=seconds, bytes=3 * 2**20, multiply_adds=5e9, ratio=seconds, memory_ratio=0.5)
+    # The last one was measured before its memory was.
+    changes = (ok, dict(status='out of memory'), dict(status='error', message='a reason', seconds=seconds))
+    rows = [dict(name='a', size=[64, 64], tokens=256, **change) for change in changes]
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_report(sweep_report(rows, SweepOptions()), console)
+    text = console.export_text()
+    cells = [[cell.strip() for cell in line.split('│')[1:-1]] for line in text.splitlines() if line.startswith('│ a ')]
+    assert cells[0] == ['a', '64x64', '256', '2.0', '1.0-3.0', '3', '5.00', '0.002 (0.001-0.003)', '0.500', 'ok']
+    assert cells[1] == ['a', '64x64', '256', *[''] * 6, 'out of memory']
+    assert cells[2] == ['a', '64x64', '256', '2.0', '1.0-3.0', *[''] * 4, 'error']
+    assert 'a at 64x64: a reason' in text

@@ -96,17 +96,24 @@ def test_compiled_training_equals_eager(attention, backend):
             assert (mine.grad - theirs.grad).abs().max() < 2e-3 * scale, name
 
 
+@pytest.mark.parametrize('two_sets', [False, True])
 @pytest.mark.parametrize('inverted', [False, True])
-def test_operators_describe_themselves(inverted):
+def test_operators_describe_themselves(inverted, two_sets):
     """What a compiler is told of the operators, shapes and strides, is what they return."""
     if not hasattr(torch.library, 'custom_op'):
         pytest.skip('PyTorch before 2.4 compiles the loops themselves')
     q, v, grad = (torch.randn(2, 11, 3, 4).transpose(1, 2) for _ in range(3))
     landmarks, matrix = torch.randn(2, 3, 5, 4), torch.eye(5).repeat(2, 3, 1, 1)
+    optional = ()
+    if two_sets:
+        # Fewer keys than queries, and wider values.
+        k, v = (torch.randn(2, 7, 3, width).transpose(1, 2) for width in (4, 6))
+        grad = torch.randn(2, 11, 3, 6).transpose(1, 2)
+        optional = (k, torch.tensor([[[1.0, 0, 1, 1, 1]], [[0, 1, 1, 1, 0]]]))
     args = (q, landmarks, v, torch.linalg.cholesky(matrix), inverted)
     checks = ('test_schema', 'test_faketensor')
     operators = torch.ops.soft_mm
-    torch.library.opcheck(operators.blockwise_forward, args, test_utils=checks)
-    _, gathered, weights = operators.blockwise_forward(*args)
-    args = (grad, *args[:4], gathered, weights, *args[4:])
+    torch.library.opcheck(operators.blockwise_forward, (*args, *optional), test_utils=checks)
+    _, gathered, weights = operators.blockwise_forward(*args, *optional)
+    args = (grad, *args[:4], gathered, weights, *args[4:], *optional)
     torch.library.opcheck(operators.blockwise_backward, args, test_utils=checks)

@@ -8,6 +8,7 @@ from exports import ATTENTIONS, EVERY_SIZE, SIZE, build, image, largest_error, s
 
 from soft_mm import ops
 from soft_mm.export import quiet
+from soft_mm.models.attention import build_attention
 from soft_mm.ops.inverse import converged_newton_inverse, scales_to_converge
 
 onnxruntime = pytest.importorskip('onnxruntime', reason='requirements/openmmlab.txt has no onnxruntime')
@@ -107,3 +108,44 @@ def test_iterations_converge_to_the_inverse(count, spread):
     assert len(scales) <= 12
     inverse = converged_newton_inverse(matrix, 0.01, scales)
     assert (inverse - exact).abs().max() / exact.abs().max() < 1e-4
+
+
+class Masked(torch.nn.Module):
+    """An attention with a mask, on one grid."""
+
+    def __init__(self, options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = build_attention(options, embed_dims=16, num_heads=2, ratio=2, conv_size=3)
+
+    def forward(self, x, mask):
+        return self.attention(x, (6, 8), mask)
+
+
+# The exporter of TorchScript has no antialiased resizing, which Linformer needs.
+@pytest.mark.parametrize('dynamo', [True, False])
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        for name, options in ATTENTIONS.items()
+        if isinstance(options, dict) and name not in ('svd', 'Linformer', 'newton exact')
+    ],
+)
+def test_masks(name, dynamo):
+    model, file = Masked(ATTENTIONS[name]).eval(), io.BytesIO()
+    x, mask = torch.randn(3, 48, 16), torch.rand(3, 48) < 0.4
+    with quiet(), torch.no_grad():
+        if dynamo:
+            data = torch.onnx.export(model, (x, mask), dynamo=True).model_proto.SerializeToString()
+        else:
+            torch.onnx.export(model, (x, mask), file, dynamo=False)
+            data = file.getvalue()
+        runtime = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+        names = [given.name for given in runtime.get_inputs()]
+        for part in (mask, mask.flip(0), torch.zeros_like(mask), torch.ones_like(mask)):
+            (found,) = runtime.run(None, dict(zip(names, (x.numpy(), part.numpy()))))
+            expected = model(x, part)
+            torch.testing.assert_close(
+                torch.from_numpy(found), expected, rtol=0, atol=1e-4 * expected.abs().max().item()
+            )

@@ -8,6 +8,7 @@ from authors import VARIANTS, image, reduced_model
 from torch.nn.functional import cosine_similarity
 
 from soft_mm import ops
+from soft_mm.models.blocks import SoftmaxFreeBlock
 from soft_mm.ops import reference
 
 # Largest relative error of the outputs, and smallest cosine between the gradients. docs/training.md states them.
@@ -122,3 +123,30 @@ def test_constant_images_train(solver, normalized, value):
     out = model(torch.full((2, 3, 64, 96), value))
     assert torch.isfinite(out).all()
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.square().sum(), model.parameters()))
+
+
+@pytest.mark.parametrize('cast', ['autocast', 'weights'])
+@pytest.mark.parametrize(
+    'attention',
+    [{}, dict(solver='cholesky'), dict(normalized=True), dict(type='GaussianKernelAttention')],
+    ids=str,
+)
+def test_sums_beyond_the_range_of_float16(attention, cast):
+    """Plain attention sums the values of all similar tokens, here 1024 values in the thousands. LayerNorm follows."""
+    torch.manual_seed(0)
+    block = SoftmaxFreeBlock(32, 2, ratio=8, conv_size=3, attention=attention).eval()
+    with torch.no_grad():
+        block.attn.qv.weight[:32] *= 0.01
+        block.attn.qv.weight[32:] *= 4000
+        x = (torch.randn(2, 1024, 32) + torch.linspace(-2, 2, 32)).half()
+        expected = block(x.float(), (32, 32))
+        sums = []
+        block.attn.proj.register_forward_pre_hook(lambda module, args: sums.append(args[0].abs().max()))
+        if cast == 'autocast':
+            with torch.autocast('cpu', torch.float16):
+                found = block(x.float(), (32, 32))
+        else:
+            found = copy.deepcopy(block).half()(x, (32, 32))
+            assert found.dtype == torch.float16
+    assert (sums[0] > 65504) == (not attention.get('normalized', False))
+    assert relative_error(found, expected) < 0.01

@@ -154,3 +154,100 @@ def test_a_sequence_does_not_depend_on_its_batch(options, shape, count, scale, n
     x[1] = 3 * x[1] + 1
     with torch.no_grad():
         assert_close([module(x, (count,))[:1]], [module(x[:1], (count,))], 1e-6)
+
+
+def masks(batch, count, share, number):
+    """Which tokens take part: about a ``share`` of them, other ones in every image."""
+    return torch.rand(batch, count, generator=torch.Generator().manual_seed(number)) < share
+
+
+SHARES = st.sampled_from([0, 0.1, 0.5, 0.9, 1])
+
+
+@searched(
+    fast=40,
+    long=400,
+    options=softmax_free() | baselines(),
+    shape=shapes(),
+    grid=GRIDS,
+    scale=SCALES,
+    share=SHARES,
+    value=st.sampled_from([1e-3, -50.0, 1e300, float('inf'), float('nan')]),
+    number=NUMBERS,
+)
+def test_masked_tokens_change_nothing(options, shape, grid, scale, share, value, number):
+    """Bit for bit on maps and on sequences, whatever they hold, without a gradient for them."""
+    count = grid[0] * grid[1]
+    for grid_dims, sides in ((2, grid), (1, (count,))):
+        more = dict(grid_dims=grid_dims)
+        if 'grid' in options:
+            more['grid'] = options['grid'][:grid_dims]
+        module, mask = make(options, shape, number, **more), masks(3, count, share, number)
+        x = tokens(shape, 3, count, scale, number)
+        changed = x.masked_fill(~mask.unsqueeze(-1), value).requires_grad_()
+        out = module(changed, sides, mask)
+        assert torch.isfinite(out).all()
+        assert_equal([module(x, sides, mask)], [out])
+        (gradient,) = torch.autograd.grad(out.square().sum(), changed)
+        assert torch.isfinite(gradient).all() and not gradient[~mask].any()
+        empty = ~mask.any(1)
+        assert torch.equal(out[empty], module.proj.bias.expand_as(out[empty]))
+
+
+def by_reference_with_mask(module, options, shape, x, grid, mask):
+    """The output for one image by the formulas of the reference, with the landmarks of the present tokens alone."""
+    heads, ratio = shape['num_heads'], shape['ratio']
+    q, v = (
+        split_heads(part, heads) * mask[:, None, :, None]
+        for part in torch.nn.functional.linear(x, module.qv.weight, module.qv.bias).chunk(2, -1)
+    )
+    q = q * q.shape[-1] ** -0.25
+    sampled_grid = tuple(max(side // ratio, 1) for side in grid)
+    count = sampled_grid[0] * sampled_grid[1]
+    weights = mask[:, None, :, None].double()
+
+    def means(landmarks, weights, *grids):
+        shares = reference.pool_landmarks(weights, *grids)
+        return reference.pool_landmarks(landmarks * weights, *grids) / shares.clamp(min=1e-12), (shares > 0).double()
+
+    if options.get('sampler') == 'mean':
+        landmarks, weights = means(q, weights, grid, sampled_grid)
+    else:
+        norm = module.landmark_norm
+        landmarks = reference.conv_landmarks(q, grid, module.landmark.weight, norm.weight, norm.bias, norm.eps)
+        maps = mask.view(1, 1, *grid).double()
+        maps = torch.nn.functional.interpolate(maps, [max(side, ratio) for side in grid], mode='nearest')
+        weights = torch.nn.functional.max_pool2d(maps, ratio).flatten(2).unsqueeze(-1)
+    unbounded = weights.sum()
+    landmarks, weights = means(
+        landmarks, weights, sampled_grid, ops.pooled_grid(sampled_grid, module.max_landmarks or count)
+    )
+    landmarks, out = landmarks[:, :, weights.flatten() > 0], torch.zeros_like(v)
+    if landmarks.shape[2]:
+        normalized, factor = options.get('normalized', False), unbounded / weights.sum()
+        out = reference.softmax_free_attention(q, landmarks, v, reference_inverse(options), normalized, factor)
+    return module.proj(merge_heads(out + reference.local_branch(v, grid, module.local.weight)))
+
+
+@searched(
+    fast=40,
+    long=400,
+    options=softmax_free(CONTINUOUS, ('conv', 'mean')),
+    shape=shapes(),
+    grid=GRIDS,
+    scale=SCALES,
+    share=SHARES,
+    entries=st.integers(1, 3000),
+    number=NUMBERS,
+)
+def test_masked_attention_is_that_of_the_reference(options, shape, grid, scale, share, entries, number):
+    """Image by image, with the landmarks that have a token."""
+    count = grid[0] * grid[1]
+    module, mask = make(options, shape, number), masks(3, count, share, number)
+    x = tokens(shape, 3, count, scale, number)
+    with torch.no_grad(), mock.patch.dict(blockwise._CHUNK_ENTRIES, cpu=entries):
+        found = module(x, grid, mask)
+        for i in range(3):
+            one = slice(i, i + 1)
+            expected = by_reference_with_mask(module, options, shape, x[one], grid, mask[one])
+            assert_close([found[one][mask[one]]], [expected[mask[one]]], 1e-6)

@@ -26,3 +26,8 @@ def test_last_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) is None
     (tmp_path / 'iter_5.pth').write_bytes(b'')
     assert last_checkpoint(tmp_path) == tmp_path / 'iter_5.pth'
+    # As after a run that was killed while it wrote the note.
+    (tmp_path / 'last_checkpoint').write_text('')
+    assert last_checkpoint(tmp_path) == tmp_path / 'iter_5.pth'
+    (tmp_path / 'last_checkpoint').unlink()
+    assert last_checkpoint(tmp_path) == tmp_path / 'iter_5.pth'

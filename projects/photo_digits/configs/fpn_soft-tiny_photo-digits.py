@@ -6,8 +6,8 @@ _base_ = [
 ]
 custom_imports = dict(imports=['projects.photo_digits'], allow_failed_imports=False)
 
-# The classifier of soft-tiny_photo-digits-crops.py, as trained by the demo.
-pretrained = 'work_dirs/demo/classification/iter_650.pth'
+# The backbone of mask-rcnn_soft-tiny_fpn_photo-digits.py, as trained by the demo.
+pretrained = 'work_dirs/demo/detection/iter_380.pth'
 max_iters = 350
 channels = 128
 

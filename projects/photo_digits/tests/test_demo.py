@@ -12,6 +12,7 @@ from mmengine.config import Config
 
 from projects.common import training as training_module
 from projects.photo_digits import demo
+from projects.photo_digits.pictures import Picture
 
 METRICS = {
     'classification': {'accuracy/top1': 91.5},
@@ -87,7 +88,12 @@ def training(monkeypatch, tmp_path):
         def submit(self, function, config, checkpoint, file, *arguments, **options):
             assert Path(config).is_file() and Path(checkpoint).is_file()
             file.write_bytes(b'')
-            return type('Done', (), dict(result=lambda self: ['exported']))()
+            results = dict(
+                draw_predictions=[Picture(b'jpeg', 2, 1, 'alt', f'{file.stem} {index}') for index in range(8)],
+                draw_attention_rows=Picture(b'jpeg', 2, 1, 'alt', 'rows of two pixels'),
+                export_onnx=['exported'],
+            )
+            return SimpleNamespace(result=lambda: results[function.__name__])
 
     monkeypatch.setattr(demo, 'export_photo_digits', export)
     monkeypatch.setattr(demo, 'ProcessPoolExecutor', Inline)
@@ -104,6 +110,21 @@ def test_summary_and_order(training, tmp_path):
     assert all(summary[task]['seconds'] >= 0 for task in METRICS)
     assert {'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'soft_mm'} <= summary['versions'].keys()
     assert (tmp_path / 'demo/loss_curves.png').stat().st_size > 1000
+
+
+def test_page_holds_the_results_and_is_written_again(training, tmp_path, capsys):
+    demo.run_demo('demo')
+    page = (tmp_path / 'demo/report.html').read_text()
+    assert 'demo/report.html' in capsys.readouterr().out.replace('\n', '')
+    for text in ('0.915', '0.850', '0.630', 'detection 0', 'detection 7', 'segmentation 7', 'rows of two pixels'):
+        assert f'>{text}<' in page
+    assert 'start from the classifier' in page and page.count('<polyline') == 3
+    (tmp_path / 'demo/report.html').unlink()
+    demo.run_demo('demo')
+    assert len(training.commands) == 3 and (tmp_path / 'demo/report.html').read_text() == page
+    demo.run_demo('scratch', from_scratch=True)
+    page = (tmp_path / 'scratch/report.html').read_text()
+    assert 'start from random initialisation' in page and page.count('<polyline') == 2 and 'top-1' not in page
 
 
 def test_models_are_exported(training, tmp_path, monkeypatch, capsys):

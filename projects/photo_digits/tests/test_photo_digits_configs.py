@@ -5,7 +5,7 @@ import json
 import mmcv
 import pytest
 import torch
-from digits_workspace import CLASSIFIER, CONFIGS, DENSE, ROOT
+from digits_workspace import CLASSIFIER, CONFIGS, DENSE, DETECTOR, ROOT
 
 from projects.photo_digits import CLASSES, PALETTE
 from soft_mm.utils import read_config
@@ -38,13 +38,23 @@ def test_dense_config_trains_from_the_classifier_and_evaluates(config, workspace
     assert ('mIoU' if config.stem.startswith('fpn') else 'bbox_mAP') in log
     draw = f"""
 from projects.photo_digits.pictures import draw_predictions
-draw_predictions({str(config)!r}, 'work_dirs/{config.stem}/iter_2.pth', 'picture.png', count=3, columns=2)
+drawn = draw_predictions({str(config)!r}, 'work_dirs/{config.stem}/iter_2.pth', 'picture.png', count=3, columns=2)
+for index, picture in enumerate(drawn):
+    open(f'scene{{index}}.jpg', 'wb').write(picture.content)
+    print(f'scene {{index}}: {{picture.width}}x{{picture.height}}, {{picture.alt}}')
 """
     code, log = run('-c', draw)
     assert code == 0, log[-3000:]
+    annotations = json.loads((workspace / 'data/photo_digits_demo/annotations/instances_val.json').read_text())
+    for index, image in enumerate(annotations['images']):
+        names = [CLASSES[a['category_id'] - 1] for a in annotations['annotations'] if a['image_id'] == image['id']]
+        truth = ', '.join(sorted(names if config == DETECTOR else set(names)))
+        assert f'scene {index}: 512x256, Ground truth and prediction. Digits: {truth}. Found: ' in log
     picture = mmcv.imread(workspace / 'picture.png')
     # Two rows of two scenes of 256 pixels, each with its prediction on the right. The last place is empty.
     assert picture.shape == (512, 1024, 3) and not picture[256:, 512:].any() and picture[:, :512].std() > 10
+    # The scenes alone, as JPEG.
+    assert abs(mmcv.imread(workspace / 'scene1.jpg').astype(float) - picture[:256, 512:]).mean() < 5
     assert not list(workspace.glob('picture.png?*'))
 
 

@@ -9,7 +9,7 @@ from .baselines import (
     SoftmaxAttention,
     SpatialReductionAttention,
 )
-from .softmax_free import SoftmaxFreeAttention
+from .softmax_free import SoftmaxFreeAttention, SoftmaxFreeCrossAttention
 
 __all__ = [
     'BaseAttention',
@@ -19,6 +19,7 @@ __all__ = [
     'PerformerAttention',
     'SoftmaxAttention',
     'SoftmaxFreeAttention',
+    'SoftmaxFreeCrossAttention',
     'SpatialReductionAttention',
     'build_attention',
 ]

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer, is_integer
+from soft_mm.ops.kernel import is_autocast_enabled
 from soft_mm.ops.recording import has_variable
 from soft_mm.registry import MODELS, find_registered
 
-# Arguments that the backbone passes to every attention.
 # Largest seed of torch.Generator.
 MAX_SEED = 2**64 - 1
+# Arguments that the backbone passes to every attention.
 _SHAPE = ('embed_dims', 'num_heads', 'ratio', 'conv_size')
 InitCfg = dict[str, Any] | list[dict[str, Any]] | None
 
@@ -78,13 +79,94 @@ class LocalBranch(nn.Conv2d):
         return ops.local_branch(v, grid, self.weight)
 
 
-class BaseAttention(BaseModule):
-    """Base class of all attentions: project the tokens, attend, add the local branch, project the output.
+class TokenAttention(BaseModule):
+    """Base class of all attentions, also of those between two sets of tokens: heads, grids and masks.
+
+    Args:
+        embed_dims (int): Channels ``C`` of the tokens.
+        num_heads (int): Number of heads, a divisor of ``embed_dims``.
+        grid_dims (int): 2 for maps with the grid ``(H, W)``, 1 for sequences with the grid ``(n,)``.
+        init_cfg (dict | None): See mmengine's ``BaseModule``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    exports_any_size = False
+
+    def __init__(self, embed_dims: int, num_heads: int, grid_dims: int, init_cfg: InitCfg) -> None:
+        super().__init__(init_cfg)
+        for name, value in dict(embed_dims=embed_dims, num_heads=num_heads).items():
+            check_integer(name, value)
+        if embed_dims % num_heads:
+            raise ValueError(f'embed_dims={embed_dims}: expected a multiple of num_heads={num_heads}')
+        if not is_integer(grid_dims) or grid_dims > 2:
+            raise ValueError(f'grid_dims={grid_dims!r}: expected 2 (maps) or 1 (sequences)')
+        self.num_heads = num_heads
+        self.head_dims = embed_dims // num_heads
+        self.grid_dims = grid_dims
+
+    def map_grid(self, grid: Sequence[int], num_tokens: int) -> tuple[int, int]:
+        """Check a grid, and convert it to the grid of a map.
+
+        Args:
+            grid (tuple[int, ...]): ``(H, W)``, or ``(n,)`` with ``grid_dims=1``.
+            num_tokens (int): Number of tokens.
+
+        Returns:
+            tuple[int, int]: ``(H, W)``, or ``(1, n)``.
+
+        Raises:
+            NotImplementedError: If the sides of the grid are variables of an export, which this attention cannot have.
+            ValueError: If the grid does not have ``grid_dims`` sides or ``num_tokens`` cells.
+        """
+        if len(grid) != self.grid_dims:
+            expected = '(H, W)' if self.grid_dims == 2 else '(n,)'
+            raise ValueError(f'grid={tuple(grid)}: expected {expected}, because grid_dims={self.grid_dims}')
+        if math.prod(grid) != num_tokens:
+            raise ValueError(f'grid={tuple(grid)}: expected {num_tokens} cells, one per token')
+        if has_variable(grid) and not self.exports_any_size:
+            raise NotImplementedError(
+                f'{type(self).__name__} with these options can be exported for one image size only: leave height and '
+                'width fixed, or use another attention'
+            )
+        return (grid[0], grid[1]) if self.grid_dims == 2 else (1, grid[0])
+
+
+def mask_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """Check a mask, and set the tokens that do not take part to 0, whatever they hold.
+
+    Args:
+        x (Tensor): Tokens ``(B, n, C)``.
+        mask (Tensor): ``(B, n)``, True where a token takes part.
+
+    Returns:
+        Tensor: ``(B, n, C)``.
+
+    Raises:
+        ValueError: If the mask has another dtype or shape.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        given = f'{mask.dtype} {tuple(mask.shape)}' if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f'mask: {given}: expected a tensor torch.bool {tuple(x.shape[:2])} (B, n), True where a token takes part'
+        )
+    return x.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def mask_heads(x: Tensor, mask: Tensor) -> Tensor:
+    """Set projected tokens ``(B, h, n, d)`` that do not take part to 0, by a mask ``(B, n)``."""
+    return x.masked_fill(~mask[:, None, :, None], 0)
+
+
+class BaseAttention(TokenAttention):
+    """Base class of self-attentions: project the tokens, attend, add the local branch, project the output.
 
     A subclass defines :meth:`project`, :meth:`attend` and the output projection ``proj``, a linear layer. It may set
     ``local`` to a :class:`LocalBranch`. The benchmarks also call :meth:`project` and :meth:`attend` directly, and the
-    attention maps call :meth:`rows`. It overrides ``exports_any_size`` if it can be exported with variable sides, and
-    ``needs_grid`` if the tokens need not be the cells of a grid. Such an attention can take the class token of stage 4.
+    attention maps call :meth:`rows`. It overrides ``exports_any_size`` if it can be exported with variable sides. It
+    sets ``needs_grid`` to False if the tokens need not be the cells of a grid. Such an attention can take the
+    class token of stage 4. It supports masks if its :meth:`attend` has the argument ``mask``.
 
     Args:
         embed_dims (int): Channels ``C`` of the tokens.
@@ -98,24 +180,21 @@ class BaseAttention(BaseModule):
         ValueError: If an argument is out of its range.
     """
 
-    exports_any_size = False
     needs_grid = True
+    _takes_mask = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._takes_mask = 'mask' in inspect.signature(cls.attend).parameters
 
     def __init__(
         self, embed_dims: int, num_heads: int, ratio: int, conv_size: int, grid_dims: int, init_cfg: InitCfg
     ) -> None:
-        super().__init__(init_cfg)
-        for name, value in dict(embed_dims=embed_dims, num_heads=num_heads, ratio=ratio, conv_size=conv_size).items():
+        super().__init__(embed_dims, num_heads, grid_dims, init_cfg)
+        for name, value in dict(ratio=ratio, conv_size=conv_size).items():
             check_integer(name, value)
-        if embed_dims % num_heads:
-            raise ValueError(f'embed_dims={embed_dims}: expected a multiple of num_heads={num_heads}')
         if conv_size % 2 == 0:
             raise ValueError(f'conv_size={conv_size}: expected an odd integer')
-        if not is_integer(grid_dims) or grid_dims > 2:
-            raise ValueError(f'grid_dims={grid_dims!r}: expected 2 (maps) or 1 (sequences)')
-        self.num_heads = num_heads
-        self.head_dims = embed_dims // num_heads
-        self.grid_dims = grid_dims
         self.local: LocalBranch | None = None
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -137,6 +216,9 @@ class BaseAttention(BaseModule):
     def attend(self, *projected: Tensor, grid: tuple[int, int]) -> Tensor:
         """Compute the attention, without local branch and output projection.
 
+        A subclass that supports masks has a third argument ``mask``, ``(B, n)`` or None. With a mask, the projected
+        tokens that do not take part are 0, see :meth:`mask_projected`.
+
         Args:
             *projected (Tensor): Output of :meth:`project`.
             grid (tuple[int, int]): ``(H, W)`` with ``n = H * W``. A sequence has the grid ``(1, n)``.
@@ -149,54 +231,57 @@ class BaseAttention(BaseModule):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+    def mask_projected(self, projected: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
+        """Set the projected tokens that do not take part to 0.
+
+        Args:
+            projected (tuple[Tensor, ...]): Output of :meth:`project`, ``(B, h, n, d)`` each. A subclass whose output
+                differs overrides this method.
+            mask (Tensor): ``(B, n)``, True where a token takes part.
+
+        Returns:
+            tuple[Tensor, ...]: Inputs of :meth:`attend`.
+        """
+        return tuple(mask_heads(part, mask) for part in projected)
+
+    def forward(self, x: Tensor, grid: Sequence[int], mask: Tensor | None = None) -> Tensor:
         """Compute the attention with local branch and output projection.
 
         Args:
             x (Tensor): Tokens ``(B, n, C)``.
             grid (tuple[int, ...]): ``(H, W)``, or ``(n,)`` with ``grid_dims=1``.
+            mask (Tensor | None): ``(B, n)`` bool, True where a token takes part. The other tokens, such as padding, may
+                hold anything, NaN included: they change no output of a token that takes part and get no gradient. Their
+                own outputs have no meaning. In an image without a token that takes part, all outputs are the bias of
+                the output projection. Defaults to None: all tokens take part.
 
         Returns:
             Tensor: Tokens ``(B, n, C)``.
 
         Raises:
-            NotImplementedError: If the sides of the grid are variables of an export, which this attention cannot have.
-            ValueError: If the grid does not fit the tokens or ``grid_dims``.
+            NotImplementedError: If the sides of the grid are variables of an export, which this attention cannot have,
+                or if a mask is given to a subclass that does not support it.
+            ValueError: If the grid does not fit the tokens or ``grid_dims``, or the mask does not fit the tokens.
         """
         grid = self.map_grid(grid, x.shape[1])
-        if has_variable(grid) and not self.exports_any_size:
-            raise NotImplementedError(
-                f'{type(self).__name__} with these options can be exported for one image size only: leave height and '
-                'width fixed, or use another attention'
-            )
-        projected = self.project(x, grid)
-        out = merge_heads(self.attend(*projected, grid=grid))
+        options: dict[str, Any] = dict(grid=grid)
+        if mask is None:
+            projected = self.project(x, grid)
+        else:
+            if not self._takes_mask:
+                raise NotImplementedError(
+                    f'{type(self).__name__} supports no mask: add the argument `mask` to its method `attend`, or leave '
+                    'the mask out'
+                )
+            projected = self.mask_projected(self.project(mask_tokens(x, mask), grid), mask)
+            options['mask'] = mask
+        out = merge_heads(self.attend(*projected, **options))
         if self.local is not None:
             out = out + self.local(merge_heads(projected[-1]), grid)
         return self.proj(out)
 
-    def map_grid(self, grid: Sequence[int], num_tokens: int) -> tuple[int, int]:
-        """Check a grid, and convert it to the grid of a map.
-
-        Args:
-            grid (tuple[int, ...]): ``(H, W)``, or ``(n,)`` with ``grid_dims=1``.
-            num_tokens (int): Number of tokens.
-
-        Returns:
-            tuple[int, int]: ``(H, W)``, or ``(1, n)``.
-
-        Raises:
-            ValueError: If the grid does not have ``grid_dims`` sides or ``num_tokens`` cells.
-        """
-        if len(grid) != self.grid_dims:
-            expected = '(H, W)' if self.grid_dims == 2 else '(n,)'
-            raise ValueError(f'grid={tuple(grid)}: expected {expected}, because grid_dims={self.grid_dims}')
-        if math.prod(grid) != num_tokens:
-            raise ValueError(f'grid={tuple(grid)}: expected {num_tokens} cells, one per token')
-        return (grid[0], grid[1]) if self.grid_dims == 2 else (1, grid[0])
-
-    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
-        """Compute rows of the attention matrix, without the local branch.
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:
+        """Compute rows of the attention matrix or their mean, without the local branch.
 
         The output is linear in the values, so a row is the gradient of the output with respect to the values. Nothing
         of size ``n x n`` is formed. The last output of :meth:`project` must be the values.
@@ -204,10 +289,10 @@ class BaseAttention(BaseModule):
         Args:
             x (Tensor): Tokens ``(1, n, C)`` of one image.
             grid (tuple[int, ...]): ``(H, W)``, or ``(n,)`` with ``grid_dims=1``.
-            points (list[int]): Indices of the query tokens.
+            points (list[int] | None): Indices of the query tokens. None: the mean row of all query tokens.
 
         Returns:
-            Tensor: ``(len(points), h, H, W)``.
+            Tensor: ``(len(points), h, H, W)``, or ``(1, h, H, W)`` for the mean row.
         """
         grid = self.map_grid(grid, x.shape[1])
         with torch.no_grad():
@@ -215,11 +300,19 @@ class BaseAttention(BaseModule):
         return value_gradients(lambda values: self.attend(*others, values, grid=grid), v, points).unflatten(-1, grid)
 
 
-class QueryValueProjection(nn.Linear):
-    """Linear layer to scaled queries and values (SOFT, section 3.1).
+class WideProjection(nn.Linear):
+    """Linear layer that computes in float32 if its input is float32, also inside autocast and with narrower weights."""
 
-    The scale ``d^(-1/4)`` of the queries is applied to the weights, which saves a pass over all tokens and a copy of
-    them.
+    def forward(self, x: Tensor) -> Tensor:
+        """Project ``(..., C)``."""
+        if x.dtype != torch.float32 or not (is_autocast_enabled(x.device.type) or self.weight.dtype != x.dtype):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class QueryProjection(nn.Linear):
+    """Linear layer to scaled queries. The scale ``d^(-1/4)`` is applied to the weights.
 
     Args:
         embed_dims (int): Channels ``C``.
@@ -227,11 +320,32 @@ class QueryValueProjection(nn.Linear):
     """
 
     def __init__(self, embed_dims: int, head_dims: int) -> None:
-        super().__init__(embed_dims, 2 * embed_dims)
+        super().__init__(embed_dims, embed_dims)
+        self.query_scale = head_dims**-0.25
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project tokens ``(B, n, C)`` to scaled queries ``(B, n, C)``."""
+        return nn.functional.linear(x, self.weight * self.query_scale, self.bias * self.query_scale)
+
+
+class QueryValueProjection(nn.Linear):
+    """Linear layer to scaled queries (or keys) and values (SOFT, section 3.1).
+
+    The scale ``d^(-1/4)`` of the queries is applied to the weights, which saves a pass over all tokens and a copy of
+    them.
+
+    Args:
+        embed_dims (int): Channels ``C`` of queries and values.
+        head_dims (int): Channels ``d`` of a head.
+        in_dims (int | None): Channels of the tokens. Defaults to None: ``embed_dims``.
+    """
+
+    def __init__(self, embed_dims: int, head_dims: int, in_dims: int | None = None) -> None:
+        super().__init__(embed_dims if in_dims is None else in_dims, 2 * embed_dims)
         self.query_scale = head_dims**-0.25
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Project tokens ``(B, n, C)`` to scaled queries and values, ``(B, n, C)`` each."""
+        """Project tokens ``(B, n, in_dims)`` to scaled queries and values, ``(B, n, C)`` each."""
         halves = [parameter.chunk(2) for parameter in (self.weight, self.bias)]
         scaled = [torch.cat([q_rows * self.query_scale, v_rows]) for q_rows, v_rows in halves]
         return nn.functional.linear(x, *scaled).chunk(2, dim=-1)
@@ -254,22 +368,23 @@ class SharedQKAttention(BaseAttention):
         return tuple(split_heads(part, self.num_heads) for part in self.qv(x))
 
 
-def value_gradients(attend: Callable[[Tensor], Tensor], v: Tensor, points: Sequence[int]) -> Tensor:
-    """Compute rows of an attention matrix by differentiating the output with respect to the values.
+def value_gradients(attend: Callable[[Tensor], Tensor], v: Tensor, points: Sequence[int] | None) -> Tensor:
+    """Compute rows of an attention matrix, or their mean, by differentiating the output with respect to the values.
 
     Args:
         attend (Callable[[Tensor], Tensor]): Attention as a function of its values ``(1, h, n, d)``.
         v (Tensor): Values ``(1, h, n, d)``. Only shape, dtype and device matter.
-        points (list[int]): Indices of the rows.
+        points (list[int] | None): Indices of the rows. None: the mean of all rows.
 
     Returns:
-        Tensor: ``(len(points), h, n)``.
+        Tensor: ``(len(points), h, n)``, or ``(1, h, n)`` for the mean.
     """
     # The matrix is the same for all channels, so one channel is enough.
     values = v[..., :1].detach().clone().requires_grad_()
     with torch.enable_grad():
-        out = attend(values.expand_as(v).contiguous())
-        rows = [torch.autograd.grad(out[0, :, point, 0].sum(), values, retain_graph=True)[0] for point in points]
+        out = attend(values.expand_as(v).contiguous())[0, ..., 0]
+        outputs = [out.mean(1)] if points is None else [out[:, point] for point in points]
+        rows = [torch.autograd.grad(output.sum(), values, retain_graph=True)[0] for output in outputs]
     return torch.stack(rows)[:, 0, ..., 0].detach()
 
 
@@ -312,7 +427,7 @@ def build_attention(
             Defaults to None: the default of the type.
 
     Returns:
-        nn.Module: The attention, called as ``attention(tokens, grid)``.
+        nn.Module: The attention, called as ``attention(tokens, grid)`` or ``attention(tokens, grid, mask)``.
 
     Raises:
         ValueError: If the type is unknown or the value of an option is out of its range.

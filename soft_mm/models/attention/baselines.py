@@ -3,6 +3,7 @@
 Every type takes ``embed_dims``, ``num_heads``, ``ratio`` and ``conv_size``. Unused arguments are ignored.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer, is_integer
+from soft_mm.ops.kernel import compute_dtype
 from soft_mm.registry import MODELS
 
 from .base import (
@@ -19,6 +21,7 @@ from .base import (
     InitCfg,
     LocalBranch,
     SharedQKAttention,
+    WideProjection,
     patch_sides,
     split_heads,
     value_gradients,
@@ -28,6 +31,8 @@ from .base import (
 _backward_pass: Callable[[], int] = getattr(torch._C, '_current_graph_task_id', lambda: -1)
 # Number of patches along a side in stages 1 to 3 at 224x224 pixels.
 _PATCHES = 7
+# Number of queries whose rows of the Gaussian kernel are summed at a time.
+_QUERIES = 32
 
 
 class _QKVAttention(BaseAttention):
@@ -61,8 +66,8 @@ class SoftmaxAttention(_QKVAttention):
     exports_any_size = True
     needs_grid = False
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        return ops.softmax_attention(q, k, v, mask)
 
 
 @MODELS.register_module()
@@ -110,7 +115,8 @@ class LinformerAttention(_QKVAttention):
             nn.init.normal_(weight, std=(rows * columns) ** -0.5)
             self.register_parameter(name, weight)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        # Masked keys and values are 0 already, so they add nothing to the combinations.
         weights = (ops.resize_sequence_projection(weight, grid) for weight in (self.key_weight, self.value_weight))
         return ops.linformer_attention(q, k, v, *weights)
 
@@ -160,13 +166,13 @@ class PerformerAttention(_QKVAttention):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer('features', ops.orthogonal_features(num_features, self.head_dims, generator, 'cpu'))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         # Gradient checkpointing repeats the forward pass in the backward pass, with the same features.
         if self.training and self.redraw_interval and _backward_pass() == -1:
             if self.forwards == self.redraw_interval:
                 self.redraw()
             self.forwards += 1
-        return ops.performer_attention(q, k, v, self.features)
+        return ops.performer_attention(q, k, v, self.features, mask=mask)
 
     def redraw(self) -> None:
         """Redraw the features from PyTorch's global generator."""
@@ -214,10 +220,16 @@ class NystromAttention(_QKVAttention):
         self.iterations = iterations
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         coarse = ops.pooled_grid(grid, self.num_landmarks)
-        query_landmarks, key_landmarks = (ops.mean_landmarks(tokens, grid, coarse) for tokens in (q, k))
-        return ops.nystrom_attention(q, k, v, query_landmarks, key_landmarks, self.iterations)
+        if mask is None:
+            query_landmarks, key_landmarks = (ops.mean_landmarks(tokens, grid, coarse) for tokens in (q, k))
+            return ops.nystrom_attention(q, k, v, query_landmarks, key_landmarks, self.iterations)
+        takes_part = mask.unsqueeze(1).to(compute_dtype(q))
+        query_landmarks, _ = ops.mean_present_landmarks(q, takes_part, grid, coarse)
+        key_landmarks, present = ops.mean_present_landmarks(k, takes_part, grid, coarse)
+        landmarks = query_landmarks.to(q.dtype), key_landmarks.to(k.dtype)
+        return ops.nystrom_attention(q, k, v, *landmarks, self.iterations, mask, present.squeeze(1) > 0)
 
 
 @MODELS.register_module()
@@ -252,9 +264,15 @@ class SpatialReductionAttention(BaseAttention):
         """Project tokens ``(B, n, C)`` to queries ``(B, h, n, d)``. Returns the queries and the tokens themselves."""
         return split_heads(self.q(x), self.num_heads), x
 
-    def attend(self, q: Tensor, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def mask_projected(self, projected: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the projected tensors: the second has the tokens themselves, which are 0 already."""
+        return projected
+
+    def attend(self, q: Tensor, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         k, v, _ = self.reduce(x, grid)
-        return F.scaled_dot_product_attention(q, k, v)
+        if mask is not None and max(self.kernel) > 1:
+            mask = ops.present_patches(mask, grid, self.kernel, torch.float32).squeeze(1) > 0
+        return ops.softmax_attention(q, k, v, mask)
 
     def reduce(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Compute keys and values on the coarser grid.
@@ -277,8 +295,8 @@ class SpatialReductionAttention(BaseAttention):
         k, v = (split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1))
         return k, v, grid
 
-    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
-        """Compute rows of the attention matrix, see :meth:`BaseAttention.rows`.
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:
+        """Compute rows of the attention matrix or their mean, see :meth:`BaseAttention.rows`.
 
         The weight of a coarse token is shared equally by the tokens of its patch. Tokens outside all patches have the
         weight 0.
@@ -330,20 +348,27 @@ class GaussianKernelAttention(SharedQKAttention):
         check_integer('max_tokens', max_tokens)
         self.max_tokens = max_tokens
         self.local = LocalBranch(num_heads, conv_size, grid_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj = WideProjection(embed_dims, embed_dims)
 
-    def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, q: Tensor, v: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         n = q.shape[2]
         if n > self.max_tokens:
             raise ValueError(
                 f'GaussianKernelAttention: {n} tokens exceed max_tokens={self.max_tokens}; the kernel would hold '
                 f'{n}x{n} numbers per head. Use smaller images or another attention, or increase max_tokens'
             )
-        return ops.gaussian_attention(q, v)
+        # Masked values are 0 already, so they add nothing to the sum. It can exceed the range of float16.
+        return ops.gaussian_attention(q, v.float() if v.dtype == torch.float16 else v)
 
-    def rows(self, x: Tensor, grid: Sequence[int], points: list[int]) -> Tensor:
-        """Compute rows of the kernel directly from the queries, see :meth:`BaseAttention.rows`."""
+    def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:
+        """Compute rows of the kernel or their mean directly from the queries, see :meth:`BaseAttention.rows`."""
         grid = self.map_grid(grid, x.shape[1])
         with torch.no_grad():
             q, _ = self.project(x, grid)
-            return ops.gaussian_kernel(q[:, :, points], q)[0].transpose(0, 1).unflatten(-1, grid)
+            if points is None:
+                # In parts, so that nothing of size n x n is formed.
+                parts = (ops.gaussian_kernel(part, q).sum(2, keepdim=True) for part in q.split(_QUERIES, dim=2))
+                rows = functools.reduce(torch.add, parts) / q.shape[2]
+            else:
+                rows = ops.gaussian_kernel(q[:, :, points], q)
+            return rows[0].transpose(0, 1).unflatten(-1, grid)
