@@ -169,7 +169,8 @@ def _smallest_batch(loader: Any) -> int:
     size, batches = _batch_size(loader), loader.batch_sampler
     sampler = getattr(batches, 'sampler', None)
     # Other samplers of mmengine are endless.
-    rest = len(sampler) % size if size and isinstance(sampler, DefaultSampler) and not batches.drop_last else 0
+    drop_last = getattr(batches, 'drop_last', True)
+    rest = len(sampler) % size if size and isinstance(sampler, DefaultSampler) and not drop_last else 0
     return rest or size
 
 
@@ -180,6 +181,8 @@ def _single_value_norms(model: nn.Module) -> Iterator[str]:
         for part_name, part in module.named_children() if isinstance(module, nn.Sequential) else ():
             if isinstance(part, nn.AdaptiveAvgPool2d):
                 pooled = part.output_size in (1, (1, 1), [1, 1])
+            elif isinstance(part, nn.Upsample):
+                pooled = False
             elif pooled:
                 for norm_name, norm in part.named_modules(prefix=f'{name}.{part_name}'.lstrip('.')):
                     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
@@ -244,6 +247,7 @@ class ScaledRateHook(Hook):
         wrapper = runner.optim_wrapper
         wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
         images = _batch_size(runner.train_dataloader)
+        base = runner.cfg.auto_scale_lr['base_batch_size']
         for optimizer in (part.optimizer for part in wrappers):
             # Schedulers have changed `lr` already.
             rates = [group.get('initial_lr', group['lr']) for group in optimizer.param_groups]
@@ -251,7 +255,7 @@ class ScaledRateHook(Hook):
             processes = '1 process' if runner.world_size == 1 else f'{runner.world_size} processes'
             print_log(
                 f'--auto-scale-lr: the config has the learning rate {optimizer.defaults["lr"]:.4g} for '
-                f'{runner.auto_scale_lr["base_batch_size"]} images a step; with {runner.world_size * images} images '
+                f'{base} images a step; with {runner.world_size * images} images '
                 f'({processes}, {images} images each), it is {found}',
                 'current',
             )
@@ -306,10 +310,12 @@ def _classes(dataset: Any) -> list[Any] | None:
 
 
 def _is_coco(dataset: Any) -> bool:
-    """Find out whether mmdet's ``CocoDataset`` reads the annotations."""
+    """Find out whether mmdet's ``CocoDataset`` itself reads the annotations."""
     module = sys.modules.get('mmdet.datasets')
-    load = getattr(type(dataset), 'load_data_list', None)
-    return module is not None and bool(_classes(dataset)) and load is module.CocoDataset.load_data_list
+    if module is None or not _classes(dataset):
+        return False
+    readers = ('load_data_list', 'parse_data_info')
+    return all(getattr(type(dataset), name, None) is getattr(module.CocoDataset, name) for name in readers)
 
 
 def _steps(pipeline: Any) -> Iterator[Any]:
@@ -332,7 +338,8 @@ def _check_annotations(content: dict[str, Any], file: str, evaluated: bool) -> N
     """
     known = {category['id'] for category in content['categories']}
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    annotations = content['annotations']
+    # Files of images alone, such as those of test-dev, have no annotations. mmdet skips those with `ignore`.
+    annotations = [annotation for annotation in content.get('annotations', []) if not annotation.get('ignore')]
     wrong = [annotation for annotation in annotations if annotation['category_id'] not in known]
     if wrong:
         numbers = sorted({annotation['category_id'] for annotation in wrong}, key=str)[:10]
@@ -348,8 +355,11 @@ def _check_annotations(content: dict[str, Any], file: str, evaluated: bool) -> N
         )
     left_out, beyond = 0, 0
     for annotation in annotations:
+        if annotation['image_id'] not in sizes:
+            left_out += 1
+            continue
         x, y, width, height = annotation['bbox']
-        whole_width, whole_height = sizes.get(annotation['image_id'], (0, 0))
+        whole_width, whole_height = sizes[annotation['image_id']]
         inside = x < whole_width and y < whole_height and x + width > 0 and y + height > 0
         left_out += not inside or annotation['area'] <= 0 or width < 1 or height < 1
         # Annotations are often rounded up to the next pixel.

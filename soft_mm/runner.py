@@ -27,7 +27,7 @@ from .checkpoints.reading import is_address
 from .config_errors import add_traceback_option
 from .hooks import batchnorm_needs_images, no_images
 from .registry import find_registered
-from .utils import DataError, dicts_in, inner_dataset, read_config
+from .utils import CONFIG_SUFFIXES, DataError, dicts_in, inner_dataset, read_config
 
 
 def runner_parser(description: str) -> argparse.ArgumentParser:
@@ -68,10 +68,9 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
     if not Path(args.config).is_file():
         parser.error(f'{args.config} does not exist: expected a config file, such as those in configs/')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    try:
-        cfg = read_config(args.config)
-    except ValueError as error:
-        parser.error(str(error))
+    if Path(args.config).suffix not in CONFIG_SUFFIXES:
+        parser.error(f'{args.config} is not a config file: expected a name that ends in {", ".join(CONFIG_SUFFIXES)}')
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if args.cfg_options:
@@ -364,8 +363,9 @@ def data_errors() -> Iterator[None]:
     except DataError as error:
         sys.exit(str(error))
     except KeyError as error:
-        dataset = _local_in_traceback(error, 'self', function='parse_data_info')
-        if dataset is None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        dataset = frame.f_locals.get('self')
+        if frame.f_code.co_name != 'parse_data_info' or frame.f_globals['__name__'] != 'mmdet.datasets.coco':
             raise
         sys.exit(f'{getattr(dataset, "ann_file", "annotation file")}: an image or annotation has no {error}: add it')
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 # mmengine 0.10.7 reloads pkg_resources when it resolves `mmdet::`, and fails if two threads do so at once.
 _CONFIG_LOCK = threading.Lock()
+CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 
 
 class DataError(ValueError):
@@ -42,8 +43,8 @@ def read_config(path: str | Path) -> Config:
         if not os.path.isfile(path):
             problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
             raise FileNotFoundError(f'{path} {problem}: expected a config file')
-        if Path(path).suffix not in ('.py', '.json', '.yaml', '.yml'):
-            raise ValueError(f'{path} is not a config file: expected a name that ends in .py, .json or .yaml')
+        if Path(path).suffix not in CONFIG_SUFFIXES:
+            raise ValueError(f'{path} is not a config file: expected a name that ends in {", ".join(CONFIG_SUFFIXES)}')
         return Config.fromfile(path)
 
 

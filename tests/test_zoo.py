@@ -78,7 +78,7 @@ def test_config_builds_the_published_model(config):
     if head:
         init_cfg = cfg.model.backbone.init_cfg
         assert init_cfg.checkpoint == f'checkpoints/soft-{arch}-norm_in1k.pth'
-        assert init_cfg.get('fresh_attention', False) == (form == 'linear')
+        assert init_cfg.get('fresh_attention') == ([3] if form == 'linear' else None)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     published = PUBLISHED.get(head.strip('_') or 'soft', {}).get(arch)
     assert published in (None, int(millions), round(millions)), millions

@@ -19,8 +19,8 @@ class SequenceEncoder(BaseModule):
     Token and position embeddings are added and normalised as in BERT (arXiv:1810.04805), because post-norm blocks do
     not normalise their input. Padding tokens take part neither in the attention, which gets them as its mask, nor in
     the mean. If the attention forms patches or segments of tokens, the padded length decides where they end. It changes
-    the result if ``max_landmarks`` pools landmarks, with random landmarks, with Linformer, and with Nystrom's means of
-    segments. Otherwise it does not, up to rounding, if the last patch with a token is complete: if it is at least the
+    the result if ``max_landmarks`` pools landmarks, with random landmarks, with ``sampler='mean'`` unless the padded
+    length is a multiple of ``ratio``, with Linformer, and with Nystrom's means of segments. Otherwise it does not, up to rounding, if the last patch with a token is complete: if it is at least the
     length of the sequence, rounded up to a multiple of ``ratio``.
 
     Args:

@@ -192,7 +192,7 @@ def pretrained(path, **keys):
 @pytest.mark.parametrize('last', [SOFTMAX_FREE, dict(SOFTMAX_FREE, normalized=True)], ids=str)
 def test_checkpoint_starts_what_fits(classifier, log, last):
     path, source = classifier
-    model = reduced(last, init_cfg=pretrained(path, fresh_attention=True))
+    model = reduced(last, init_cfg=pretrained(path, fresh_attention=[3]))
     initial = {key: value.clone() for key, value in model.state_dict().items()}
     model.init_weights()
     fresh = {key for key in initial if '.attn.' in key and key.startswith('stages.3.')}
@@ -208,7 +208,7 @@ def test_checkpoint_starts_what_fits(classifier, log, last):
 def test_checkpoint_of_another_attention_is_refused_unless_wanted(classifier):
     model = reduced(SOFTMAX_FREE, init_cfg=pretrained(classifier[0]))
     initial = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r'Only attentions do not fit: stages.3.blocks.0.attn.*fresh_attention=True'):
+    with pytest.raises(ValueError, match=r'Only attentions do not fit: stages.3.blocks.0.attn.*fresh_attention=\[3\]'):
         model.init_weights()
     assert all(torch.equal(value, initial[key]) for key, value in model.state_dict().items())
 
@@ -216,16 +216,25 @@ def test_checkpoint_of_another_attention_is_refused_unless_wanted(classifier):
 def test_fresh_attention_does_not_hide_other_differences(classifier):
     path, _ = classifier
     arch = dict(REDUCED_ARCH, embed_dims=(32, 64, 192, 128), num_heads=(1, 2, 6, 4))
-    model = reduced(SOFTMAX_FREE, arch, init_cfg=pretrained(path, fresh_attention=True))
+    model = reduced(SOFTMAX_FREE, arch, init_cfg=pretrained(path, fresh_attention=[3]))
     with pytest.raises(ValueError, match='of another shape'):
         model.init_weights()
-    with pytest.raises(ValueError, match="fresh_attention in init_cfg='yes': expected True or False"):
-        reduced(SOFTMAX_FREE, init_cfg=pretrained(path, fresh_attention='yes')).init_weights()
+    # Attentions of stages that are not named.
+    model = SOFT(
+        dict(REDUCED_ARCH, ratios=(4, 4, 2, 1)),
+        attention=[{}, {}, {}, SOFTMAX_FREE],
+        init_cfg=pretrained(path, fresh_attention=[3]),
+    )
+    with pytest.raises(ValueError, match=r'Only attentions do not fit: stages.0.*set fresh_attention=\[0, 3\]'):
+        model.init_weights()
+    for value in (True, 3, ['3'], [4], [-1]):
+        with pytest.raises(ValueError, match='in init_cfg: expected a list of indices of stages'):
+            reduced(SOFTMAX_FREE, init_cfg=pretrained(path, fresh_attention=value)).init_weights()
 
 
 def test_fresh_attention_changes_nothing_where_all_fits(classifier, log):
     path, source = classifier
-    model = reduced(init_cfg=pretrained(path, fresh_attention=True))
+    model = reduced(init_cfg=pretrained(path, fresh_attention=[3]))
     model.init_weights()
     assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
     assert f'all {len(source)} backbone keys loaded' in log() and 'initial values' not in log()
@@ -235,7 +244,7 @@ def test_class_token_starts_fresh_with_the_attention(tmp_path, log):
     linear = reduced(SOFTMAX_FREE)
     path = tmp_path / 'linear.pth'
     torch.save({f'backbone.{key}': value for key, value in linear.state_dict().items()}, path)
-    model = reduced(init_cfg=pretrained(str(path), fresh_attention=True))
+    model = reduced(init_cfg=pretrained(str(path), fresh_attention=[3]))
     token = model.stages[3].cls_token.clone()
     model.init_weights()
     assert torch.equal(model.stages[3].cls_token, token)
@@ -244,7 +253,7 @@ def test_class_token_starts_fresh_with_the_attention(tmp_path, log):
 
 def test_performer_takes_the_class_token_of_softmax(classifier):
     path, source = classifier
-    model = reduced(WITH_CLASS_TOKEN['performer'], init_cfg=pretrained(path, fresh_attention=True))
+    model = reduced(WITH_CLASS_TOKEN['performer'], init_cfg=pretrained(path, fresh_attention=[3]))
     model.init_weights()
     assert torch.equal(model.stages[3].cls_token, source['stages.3.cls_token'])
 

@@ -301,14 +301,19 @@ class BaseAttention(TokenAttention):
 
 
 class WideProjection(nn.Linear):
-    """Linear layer that computes in float32 if its input is float32, also inside autocast and with narrower weights."""
+    """Linear layer that computes in float32 if its input is float32, also inside autocast and with narrower weights.
+
+    Inside autocast the output is float32, otherwise it has the dtype of the weights.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``(..., C)``."""
-        if x.dtype != torch.float32 or not (is_autocast_enabled(x.device.type) or self.weight.dtype != x.dtype):
+        autocast = is_autocast_enabled(x.device.type)
+        if x.dtype != torch.float32 or not (autocast or self.weight.dtype != x.dtype):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+            out = nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return out if autocast else out.to(self.weight.dtype)
 
 
 class QueryProjection(nn.Linear):
