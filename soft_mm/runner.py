@@ -121,13 +121,15 @@ def protect_checkpoints(cfg: Config) -> None:
 
 
 def add_hooks(cfg: Config, *kinds: str) -> None:
-    """Add hooks to ``custom_hooks``.
+    """Add hooks to ``custom_hooks``. A hook that the config has already keeps its options.
 
     Args:
         cfg (Config): Config, changed in place.
         kinds (str): Types of the hooks.
     """
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *(dict(type=kind) for kind in kinds)]
+    hooks = list(cfg.get('custom_hooks') or [])
+    known = {str(hook.get('type')).rpartition('.')[2] for hook in hooks if isinstance(hook, dict)}
+    cfg.custom_hooks = [*hooks, *(dict(type=kind) for kind in kinds if kind.rpartition('.')[2] not in known)]
 
 
 def find_start(cfg: Config, resume: str | None) -> None:
