@@ -452,9 +452,9 @@ def _check_same_classes(classes: list[Any] | None, origin: str, dataset: Any) ->
     if moved:
         name, label = moved[0]
         raise DataError(
-            f'{_name(dataset)}: the class {name} has the label {label}, but {origin} has {labels[name]}. The classes are {", ".join(map(str, own[:20]))}, and there '
-            f'{", ".join(map(str, classes[:20]))}. Folders of classes are numbered in alphabetical order: every split '
-            'needs the same folders. An empty one will do'
+            f'{_name(dataset)}: the class {name} has the label {label}, but {origin} has {labels[name]}. The classes '
+            f'are {", ".join(map(str, own[:20]))}, and there {", ".join(map(str, classes[:20]))}. Folders of classes '
+            'are numbered in alphabetical order: every split needs the same folders. An empty one will do'
         )
 
 
