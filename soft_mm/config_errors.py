@@ -126,7 +126,7 @@ def _is_read(error: BaseException) -> bool:
 
 
 def _missing_key(error: BaseException) -> str:
-    """Return the name of a key that code wanted from a config without it. Empty for other errors."""
+    """Return the name of a config key that is missing. Empty for other errors."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     looked_up = frame.f_code.co_name in ('__missing__', '__getattr__', '__getitem__')
     if not looked_up or frame.f_globals['__name__'] != 'mmengine.config.config':

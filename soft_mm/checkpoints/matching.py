@@ -288,7 +288,7 @@ def _misfit_attentions(
 ) -> tuple[list[str], set[str]]:
     """Return the names of the expected attentions of these stages that do not fit, and the keys that belong to them.
 
-    The keys are those of the attentions on both sides, and those of a class token that only one side has.
+    These are the keys of the attentions on both sides, and of a class token that only one side has.
     """
     attentions: dict[str, list[dict[str, torch.Size]]] = {}
     for side, state_dict in enumerate((expected, found)):

@@ -30,7 +30,7 @@ def add_ridge(kernel: Tensor, ridge: float | Tensor) -> Tensor:
 
 
 def with_identity(kernel: Tensor, present: Tensor) -> Tensor:
-    """Replace the rows and columns of absent landmarks by those of the identity.
+    """Replace the rows and columns of absent landmarks by rows and columns of the identity.
 
     The inverse of the result is the inverse of the kernel of the present landmarks, next to an identity.
 

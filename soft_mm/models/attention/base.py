@@ -165,8 +165,8 @@ class BaseAttention(TokenAttention):
     A subclass defines :meth:`project`, :meth:`attend` and the output projection ``proj``, a linear layer. It may set
     ``local`` to a :class:`LocalBranch`. The benchmarks also call :meth:`project` and :meth:`attend` directly, and the
     attention maps call :meth:`rows`. It overrides ``exports_any_size`` if it can be exported with variable sides. It
-    sets ``needs_grid`` to False if the tokens need not be the cells of a grid. Such an attention can take the
-    class token of stage 4. It supports masks if its :meth:`attend` has the argument ``mask``.
+    sets ``needs_grid`` to False if the tokens need not be the cells of a grid: it then can take the class
+    token of stage 4. It supports masks if its :meth:`attend` has the argument ``mask``.
 
     Args:
         embed_dims (int): Channels ``C`` of the tokens.
