@@ -129,7 +129,7 @@ def _missing_key(error: BaseException) -> str:
     """Return the name of a config key that is missing. Empty for other errors."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     looked_up = frame.f_code.co_name in ('__missing__', '__getattr__', '__getitem__')
-    if not looked_up or frame.f_globals['__name__'] != 'mmengine.config.config':
+    if not looked_up or frame.f_globals.get('__name__', '') != 'mmengine.config.config':
         return ''
     return re.findall(r'\w+', str(error))[-1]
 
@@ -273,7 +273,7 @@ def _message(error: Exception) -> str:
 def _is_signature(error: BaseException) -> bool:
     """Return whether a TypeError says that the arguments of a part do not fit, or comes from this package."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    own = frame.f_globals['__name__'].startswith('soft_mm.')
+    own = frame.f_globals.get('__name__', '').startswith('soft_mm.')
     return isinstance(error, TypeError) and (own or frame.f_code.co_name in _BUILDERS)
 
 

@@ -230,7 +230,7 @@ def test_killed_demo_leaves_no_lock_but_its_training_does(start):
             pass
     os.kill(training, signal.SIGKILL)
     wait_until_ended(folder)
-    with folder_lock(folder / 'work_dirs/demo', patience=0):
+    with folder_lock(folder / 'work_dirs/demo', patience=60):
         pass
 
 
