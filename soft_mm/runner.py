@@ -27,7 +27,7 @@ from .checkpoints.reading import is_address
 from .config_errors import add_traceback_option
 from .hooks import batchnorm_needs_images, no_images
 from .registry import find_registered
-from .utils import CONFIG_SUFFIXES, DataError, dicts_in, inner_dataset, read_config
+from .utils import DataError, check_config_name, dicts_in, inner_dataset, read_config
 
 
 def runner_parser(description: str) -> argparse.ArgumentParser:
@@ -68,8 +68,10 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
     if not Path(args.config).is_file():
         parser.error(f'{args.config} does not exist: expected a config file, such as those in configs/')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if Path(args.config).suffix not in CONFIG_SUFFIXES:
-        parser.error(f'{args.config} is not a config file: expected a name that ends in {", ".join(CONFIG_SUFFIXES)}')
+    try:
+        check_config_name(args.config)
+    except ValueError as error:
+        parser.error(str(error))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from authors import REDUCED_ARCH
-from mmengine.logging import MMLogger
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from soft_mm import SOFT
@@ -166,23 +165,10 @@ def test_multiply_adds_are_linear_in_all_stages():
 
 
 @pytest.fixture
-def classifier(tmp_path):
-    """A checkpoint of a classifier with softmax attention in stage 4, and its backbone."""
-    backbone = reduced(out_type='cls_token')
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    path = tmp_path / 'classifier.pth'
-    state_dict = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
-    torch.save(dict(meta=dict(normalized=False), state_dict=state_dict), path)
-    return str(path), backbone.state_dict()
-
-
-@pytest.fixture
-def log(tmp_path):
-    path = tmp_path / 'log.txt'
-    MMLogger.get_instance(f'log-{tmp_path.name}', log_file=str(path))
-    return path.read_text
+def classifier(classifier_checkpoint):
+    """The checkpoint file of a classifier with softmax attention in stage 4, and the weights of its backbone."""
+    path, backbone = classifier_checkpoint
+    return path, backbone.state_dict()
 
 
 def pretrained(path, **keys):
