@@ -30,6 +30,36 @@ def float64():
 
 
 @pytest.fixture
+def classifier_checkpoint(tmp_path):
+    """A checkpoint file of a classifier with plain attention, and the backbone in it."""
+    import torch
+    from authors import REDUCED_ARCH
+
+    from soft_mm import SOFT
+
+    torch.manual_seed(0)
+    backbone = SOFT(REDUCED_ARCH, out_type='cls_token')
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    state_dict = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
+    state_dict['head.fc.weight'] = torch.zeros(10, 128)
+    path = tmp_path / 'classifier.pth'
+    torch.save(dict(meta=dict(normalized=False), state_dict=state_dict), path)
+    return str(path), backbone
+
+
+@pytest.fixture
+def log(tmp_path):
+    """What the current logger wrote."""
+    from mmengine.logging import MMLogger
+
+    path = tmp_path / 'log.txt'
+    MMLogger.get_instance(f'log-{tmp_path.name}', log_file=str(path))
+    return path.read_text
+
+
+@pytest.fixture
 def use():
     """Make a toolbox's scope the default one for the rest of the test, as its runner does."""
     scopes = []

@@ -82,7 +82,7 @@ def sweep_report(rows, options, peer=None):
 def print_report(report, console):
     """Print the rows and the growth exponents of a report as tables.
 
-    The status of a point, such as ``'out of memory'``, has a column of its own. Messages of errors follow the table.
+    A separate column shows the status of a point, such as ``'out of memory'``. Error messages follow the table.
 
     Args:
         report (dict): Output of :func:`sweep_report`.

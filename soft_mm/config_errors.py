@@ -16,7 +16,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 
 # Functions of mmengine and of this package that build the parts of a runner, and the keys that they read.
 _PARTS = {
@@ -102,7 +102,7 @@ def config_place(error: BaseException, config: str | Path) -> str | None:
         return f'{config}: custom_imports' if isinstance(error, ImportError) else str(config)
     if 'merge_from_dict' in names:
         return f'{config}: --cfg-options'
-    loops = (frame for frame in frames if frame.f_globals['__name__'] == 'mmengine.runner.loops')
+    loops = (frame for frame in frames if isinstance(frame.f_locals.get('self'), BaseLoop))
     if any(frame.f_code.co_name == 'run' for frame in loops):
         return None
     if _missing_key(error):
@@ -126,10 +126,10 @@ def _is_read(error: BaseException) -> bool:
 
 
 def _missing_key(error: BaseException) -> str:
-    """Return the name of a key that code wanted from a config without it. Empty for other errors."""
+    """Return the name of a config key that is missing. Empty for other errors."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     looked_up = frame.f_code.co_name in ('__missing__', '__getattr__', '__getitem__')
-    if not looked_up or frame.f_globals['__name__'] != 'mmengine.config.config':
+    if not looked_up or frame.f_globals.get('__name__', '') != 'mmengine.config.config':
         return ''
     return re.findall(r'\w+', str(error))[-1]
 
@@ -265,9 +265,16 @@ def _message(error: Exception) -> str:
         text = f'{text[:_LONGEST_MESSAGE]} ...'
     if isinstance(error, TypeError) and 'unexpected keyword argument' in text:
         return text + _hint_for_argument(error, text)
-    if isinstance(error, (ValueError, TypeError, FileNotFoundError)):
+    if isinstance(error, (ValueError, FileNotFoundError)) or _is_signature(error):
         return text
     return f'{type(error).__name__}: {text} (--traceback shows the code)'
+
+
+def _is_signature(error: BaseException) -> bool:
+    """Return whether a TypeError says that the arguments of a part do not fit, or comes from this package."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    own = frame.f_globals.get('__name__', '').startswith('soft_mm.')
+    return isinstance(error, TypeError) and (own or frame.f_code.co_name in _BUILDERS)
 
 
 def _last_local(error: BaseException, name: str) -> Any:

@@ -1,17 +1,18 @@
 """Hooks of mmengine's runner."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler
-from mmengine.dist import all_reduce, is_main_process
+from mmengine.dist import all_reduce, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, get_text, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
@@ -21,6 +22,7 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from soft_mm.ops.checks import check_bool
 from soft_mm.registry import HOOKS
 from soft_mm.utils import DataError, atomic_path
 
@@ -169,7 +171,8 @@ def _smallest_batch(loader: Any) -> int:
     size, batches = _batch_size(loader), loader.batch_sampler
     sampler = getattr(batches, 'sampler', None)
     # Other samplers of mmengine are endless.
-    rest = len(sampler) % size if size and isinstance(sampler, DefaultSampler) and not batches.drop_last else 0
+    drop_last = getattr(batches, 'drop_last', True)
+    rest = len(sampler) % size if size and isinstance(sampler, DefaultSampler) and not drop_last else 0
     return rest or size
 
 
@@ -180,6 +183,8 @@ def _single_value_norms(model: nn.Module) -> Iterator[str]:
         for part_name, part in module.named_children() if isinstance(module, nn.Sequential) else ():
             if isinstance(part, nn.AdaptiveAvgPool2d):
                 pooled = part.output_size in (1, (1, 1), [1, 1])
+            elif isinstance(part, nn.Upsample):
+                pooled = False
             elif pooled:
                 for norm_name, norm in part.named_modules(prefix=f'{name}.{part_name}'.lstrip('.')):
                     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
@@ -244,6 +249,7 @@ class ScaledRateHook(Hook):
         wrapper = runner.optim_wrapper
         wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
         images = _batch_size(runner.train_dataloader)
+        base = runner.cfg.auto_scale_lr['base_batch_size']
         for optimizer in (part.optimizer for part in wrappers):
             # Schedulers have changed `lr` already.
             rates = [group.get('initial_lr', group['lr']) for group in optimizer.param_groups]
@@ -251,7 +257,7 @@ class ScaledRateHook(Hook):
             processes = '1 process' if runner.world_size == 1 else f'{runner.world_size} processes'
             print_log(
                 f'--auto-scale-lr: the config has the learning rate {optimizer.defaults["lr"]:.4g} for '
-                f'{runner.auto_scale_lr["base_batch_size"]} images a step; with {runner.world_size * images} images '
+                f'{base} images a step; with {runner.world_size * images} images '
                 f'({processes}, {images} images each), it is {found}',
                 'current',
             )
@@ -306,10 +312,12 @@ def _classes(dataset: Any) -> list[Any] | None:
 
 
 def _is_coco(dataset: Any) -> bool:
-    """Find out whether mmdet's ``CocoDataset`` reads the annotations."""
+    """Find out whether mmdet's ``CocoDataset`` itself reads the annotations."""
     module = sys.modules.get('mmdet.datasets')
-    load = getattr(type(dataset), 'load_data_list', None)
-    return module is not None and bool(_classes(dataset)) and load is module.CocoDataset.load_data_list
+    if module is None or not _classes(dataset):
+        return False
+    readers = ('load_data_list', 'parse_data_info')
+    return all(getattr(type(dataset), name, None) is getattr(module.CocoDataset, name) for name in readers)
 
 
 def _steps(pipeline: Any) -> Iterator[Any]:
@@ -332,7 +340,8 @@ def _check_annotations(content: dict[str, Any], file: str, evaluated: bool) -> N
     """
     known = {category['id'] for category in content['categories']}
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    annotations = content['annotations']
+    # Files of images alone, such as those of test-dev, have no annotations. mmdet skips those with `ignore`.
+    annotations = [annotation for annotation in content.get('annotations', []) if not annotation.get('ignore')]
     wrong = [annotation for annotation in annotations if annotation['category_id'] not in known]
     if wrong:
         numbers = sorted({annotation['category_id'] for annotation in wrong}, key=str)[:10]
@@ -348,8 +357,11 @@ def _check_annotations(content: dict[str, Any], file: str, evaluated: bool) -> N
         )
     left_out, beyond = 0, 0
     for annotation in annotations:
+        if annotation['image_id'] not in sizes:
+            left_out += 1
+            continue
         x, y, width, height = annotation['bbox']
-        whole_width, whole_height = sizes.get(annotation['image_id'], (0, 0))
+        whole_width, whole_height = sizes[annotation['image_id']]
         inside = x < whole_width and y < whole_height and x + width > 0 and y + height > 0
         left_out += not inside or annotation['area'] <= 0 or width < 1 or height < 1
         # Annotations are often rounded up to the next pixel.
@@ -432,15 +444,17 @@ def _check_same_classes(classes: list[Any] | None, origin: str, dataset: Any) ->
         DataError: If a class has another number.
     """
     own = _classes(dataset)
-    if not classes or not own or own == classes:
+    # A model that gets the names of the classes as its input may be tested on others.
+    if not classes or not own or own == classes or getattr(dataset, 'return_classes', False):
         return
-    moved = [name for name in own if name in classes and classes.index(name) != own.index(name)]
+    labels = {name: label for label, name in enumerate(classes)}
+    moved = [(name, label) for label, name in enumerate(own) if labels.get(name, label) != label]
     if moved:
+        name, label = moved[0]
         raise DataError(
-            f'{_name(dataset)}: the class {moved[0]} has the label {own.index(moved[0])}, but {origin} has '
-            f'{classes.index(moved[0])}. The classes are {", ".join(map(str, own[:20]))}, and there '
-            f'{", ".join(map(str, classes[:20]))}. Folders of classes are numbered in alphabetical order: every split '
-            'needs the same folders. An empty one will do'
+            f'{_name(dataset)}: the class {name} has the label {label}, but {origin} has {labels[name]}. The classes '
+            f'are {", ".join(map(str, own[:20]))}, and there {", ".join(map(str, classes[:20]))}. Folders of classes '
+            'are numbered in alphabetical order: every split needs the same folders. An empty one will do'
         )
 
 
@@ -520,10 +534,16 @@ class DataCheckHook(Hook):
       metrics, and some heads of mmdet take their boxes for background.
     - Classes of a segmentation that no evaluated pixel has, which mIoU leaves out. This is a warning.
 
-    ``tools/train.py`` and ``tools/test.py`` use it.
+    ``tools/train.py`` and ``tools/test.py`` use it, unless ``custom_hooks`` of the config has it already.
+
+    Args:
+        strict (bool): Whether a fault of the data ends the run. If not, it is a warning, and what it leads to is up to
+            the toolbox. Defaults to True.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = True) -> None:
+        check_bool('strict', strict)
+        self.strict = strict
         self._sizes: dict[str, tuple[int, int]] = {}
         self._checked: set[str | None] = set()
         self._trained_classes: list[Any] | None = None
@@ -536,10 +556,12 @@ class DataCheckHook(Hook):
             DataError: If one has no images or does not fit the config.
         """
         dataset = runner.train_dataloader.dataset
-        self._check_dataset(dataset, 'train')
+        with self._refusal():
+            self._check_dataset(dataset, 'train')
         if runner.val_loop is not None:
-            _check_same_classes(_classes(dataset), 'the training', runner.val_dataloader.dataset)
-            self._check_dataset(runner.val_dataloader.dataset, 'val', runner.val_loop)
+            with self._refusal():
+                _check_same_classes(_classes(dataset), 'the training', runner.val_dataloader.dataset)
+                self._check_dataset(runner.val_dataloader.dataset, 'val', runner.val_loop)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Remember the classes of the training."""
@@ -555,18 +577,37 @@ class DataCheckHook(Hook):
             DataError: If it has no images or lacks a class, or if a class has another number than in the training.
         """
         dataset = runner.test_dataloader.dataset
-        _check_same_classes(self._trained_classes, 'the training of the checkpoint', dataset)
-        self._check_dataset(dataset, 'test', runner.test_loop)
+        with self._refusal():
+            _check_same_classes(self._trained_classes, 'the training of the checkpoint', dataset)
+            self._check_dataset(dataset, 'test', runner.test_loop)
+
+    @contextlib.contextmanager
+    def _refusal(self) -> Iterator[None]:
+        """End the run with the sentence of a fault, or log it."""
+        try:
+            yield
+        except DataError as error:
+            if self.strict:
+                raise
+            print_log(str(error), 'current', logging.WARNING)
 
     def _check_dataset(self, dataset: Any, mode: str, loop: Any = None) -> None:
         if hasattr(dataset, '__len__') and len(dataset) == 0:
             raise DataError(no_images(next(_inner_datasets(dataset))))
+        fault: list[str | None] = [None]
         if is_main_process():
             metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
             # Without a file of its own, mmdet's metric writes complete annotations.
             evaluated = any(getattr(metric, '_coco_api', None) is not None for metric in metrics)
-            for part in _inner_datasets(dataset):
-                _check_categories(part, mode, evaluated)
+            try:
+                for part in _inner_datasets(dataset):
+                    _check_categories(part, mode, evaluated)
+            except DataError as error:
+                fault = [str(error)]
+        # All processes end, instead of waiting for the first one.
+        broadcast_object_list(fault)
+        if fault[0] is not None:
+            raise DataError(fault[0])
         self._sizes.update(_coco_sizes(dataset))
 
     def _check_files(self, sample: BaseDataElement, labels: torch.Tensor | None, dataset: Any) -> None:
@@ -605,7 +646,14 @@ class DataCheckHook(Hook):
             # The metrics of mmsegmentation use the classes of the data set and ignore 255.
             count, ignored, owner = len(_classes(dataset) or ()), 255, type(dataset).__name__
         # Test-time augmentation gives a list of samples for each form of an image.
-        for sample in (part for item in samples for part in (item if isinstance(item, (list, tuple)) else [item])):
+        flat = [part for item in samples for part in (item if isinstance(item, (list, tuple)) else [item])]
+        with self._refusal():
+            self._check_samples(flat, mode, dataset, count, ignored, owner)
+
+    def _check_samples(
+        self, samples: Sequence[Any], mode: str, dataset: Any, count: int, ignored: int | None, owner: str
+    ) -> None:
+        for sample in samples:
             if not isinstance(sample, BaseDataElement):
                 continue
             labels = sample.gt_sem_seg.data if 'gt_sem_seg' in sample else None

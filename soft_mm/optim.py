@@ -197,7 +197,11 @@ def _autocast_in(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f'modules={list(names)}: {type(model).__name__} has no {", ".join(unknown)}')
     with contextlib.ExitStack() as stack:
-        for module in (known[name] for name in names):
+        for module in (known[name] for name in dict.fromkeys(names)):
+            # A hook of another library may have set a forward on the module itself.
+            if 'forward' in vars(module):
+                stack.callback(setattr, module, 'forward', module.forward)
+            else:
+                stack.callback(delattr, module, 'forward')
             module.forward = functools.partial(forward, module.forward)
-            stack.callback(delattr, module, 'forward')
         yield

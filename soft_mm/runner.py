@@ -27,7 +27,7 @@ from .checkpoints.reading import is_address
 from .config_errors import add_traceback_option
 from .hooks import batchnorm_needs_images, no_images
 from .registry import find_registered
-from .utils import DataError, dicts_in, inner_dataset, read_config
+from .utils import DataError, check_config_name, dicts_in, inner_dataset, read_config
 
 
 def runner_parser(description: str) -> argparse.ArgumentParser:
@@ -69,9 +69,10 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
         parser.error(f'{args.config} does not exist: expected a config file, such as those in configs/')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     try:
-        cfg = read_config(args.config)
+        check_config_name(args.config)
     except ValueError as error:
         parser.error(str(error))
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     if args.cfg_options:
@@ -122,13 +123,15 @@ def protect_checkpoints(cfg: Config) -> None:
 
 
 def add_hooks(cfg: Config, *kinds: str) -> None:
-    """Add hooks to ``custom_hooks``.
+    """Add hooks to ``custom_hooks``. A hook that the config has already keeps its options.
 
     Args:
         cfg (Config): Config, changed in place.
         kinds (str): Types of the hooks.
     """
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *(dict(type=kind) for kind in kinds)]
+    hooks = list(cfg.get('custom_hooks') or [])
+    known = {str(hook.get('type')).rpartition('.')[2] for hook in hooks if isinstance(hook, dict)}
+    cfg.custom_hooks = [*hooks, *(dict(type=kind) for kind in kinds if kind.rpartition('.')[2] not in known)]
 
 
 def find_start(cfg: Config, resume: str | None) -> None:
@@ -364,8 +367,9 @@ def data_errors() -> Iterator[None]:
     except DataError as error:
         sys.exit(str(error))
     except KeyError as error:
-        dataset = _local_in_traceback(error, 'self', function='parse_data_info')
-        if dataset is None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        dataset = frame.f_locals.get('self')
+        if frame.f_code.co_name != 'parse_data_info' or frame.f_globals['__name__'] != 'mmdet.datasets.coco':
             raise
         sys.exit(f'{getattr(dataset, "ann_file", "annotation file")}: an image or annotation has no {error}: add it')
     except RuntimeError as error:

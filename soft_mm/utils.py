@@ -16,10 +16,24 @@ from mmengine.registry import MODELS, DefaultScope
 
 # mmengine 0.10.7 reloads pkg_resources when it resolves `mmdet::`, and fails if two threads do so at once.
 _CONFIG_LOCK = threading.Lock()
+_CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 
 
 class DataError(ValueError):
     """Data do not fit the config or the model."""
+
+
+def check_config_name(path: str | Path) -> None:
+    """Check that a file has the name of a config.
+
+    Args:
+        path (str | Path): The file.
+
+    Raises:
+        ValueError: If the suffix is not one of a config.
+    """
+    if Path(path).suffix not in _CONFIG_SUFFIXES:
+        raise ValueError(f'{path} is not a config file: expected a name that ends in {", ".join(_CONFIG_SUFFIXES)}')
 
 
 def read_config(path: str | Path) -> Config:
@@ -42,8 +56,7 @@ def read_config(path: str | Path) -> Config:
         if not os.path.isfile(path):
             problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
             raise FileNotFoundError(f'{path} {problem}: expected a config file')
-        if Path(path).suffix not in ('.py', '.json', '.yaml', '.yml'):
-            raise ValueError(f'{path} is not a config file: expected a name that ends in .py, .json or .yaml')
+        check_config_name(path)
         return Config.fromfile(path)
 
 

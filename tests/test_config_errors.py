@@ -1,6 +1,7 @@
 """Errors of a config: one sentence with the file and the key, exit code 1, and the traceback on request."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,27 @@ def test_other_tools(program, tmp_path, monkeypatch):
     assert isinstance(said, str) and said.startswith('wrong.py: model.bbox_head.num_clases: '), said
     with pytest.raises(TypeError, match='num_clases'):
         run_tool(program, *arguments, '--traceback')
+    write_config(tmp_path / 'wrong.py', RETINANET, 'model = dict(backbone=dict(attention=dict(max_landmarks=0)))')
+    with pytest.raises(ValueError, match='max_landmarks=0'):
+        run_tool(program, *arguments, '--traceback')
+
+
+def test_error_in_the_code_of_a_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('value.py').write_text("model = dict()\nnumber = int('many')\n")
+    assert run_tool('train.py', 'value.py').returncode.startswith('value.py: line 2: invalid literal for int()')
+
+
+def test_own_bug_names_the_way_to_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('buggy.py').write_text(
+        'from mmengine.registry import MODELS\nfrom torch import nn\n\n\n@MODELS.register_module(force=True)\n'
+        'class Buggy(nn.Module):\n    def __init__(self):\n        super().__init__()\n        None[0]\n'
+    )
+    bug = "custom_imports = dict(imports=['buggy'])\nmodel = dict(backbone=dict(_delete_=True, type='Buggy'))"
+    write_config(tmp_path / 'mine.py', FPN, bug)
+    said = run_tool('train.py', 'mine.py').returncode
+    assert said.startswith('mine.py: model.backbone: TypeError: ') and said.endswith('(--traceback shows the code)')
 
 
 def test_overrides_of_the_command_line(tmp_path, monkeypatch):

@@ -47,11 +47,12 @@ def data(workspace, tmp_path, monkeypatch):
 def train_detector(data, tmp_path):
     """Train on the COCO file of the validation split."""
 
-    def run(classes=DIGITS, workers=0, val_classes=DIGITS):
+    def run(classes=DIGITS, workers=0, val_classes=DIGITS, more=''):
         file = tmp_path / 'detector.py'
         file.write_text(f"""
 _base_ = {str(DETECTOR)!r}
 {SHORT}
+{more}
 val_dataloader = dict(num_workers=0, dataset=dict(metainfo=dict(classes={val_classes!r})))
 train_dataloader = dict(
     batch_size=1,
@@ -88,6 +89,13 @@ def change_annotations(data, change):
 def test_classes_in_another_order_than_the_file(train_detector):
     done = train_detector(('1', '0', *DIGITS[2:]))
     assert 'instances_val.json: ' in done.returncode and 'the file has the order 0, 1, 2' in done.returncode
+
+
+def test_faults_are_warnings_on_demand(train_detector, tmp_path):
+    hook = "custom_hooks = [dict(type='soft_mm.DataCheckHook', strict=False)]"
+    assert train_detector(('1', '0', *DIGITS[2:]), more=hook).returncode == 0
+    (log,) = (tmp_path / 'run').rglob('*.log')
+    assert log.read_text().count('the file has the order 0, 1, 2') == 1
 
 
 def test_class_that_the_file_lacks(train_detector):

@@ -244,7 +244,10 @@ test_dataloader = dict(dataset=dict(metainfo=dict(classes=('thing',), palette=[(
     model = build_model(Config.fromfile(tmp_path / 'detector.py'))
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'detector.pth')
     export_onnx(tmp_path / 'detector.py', tmp_path / 'detector.pth', tmp_path / 'detector.onnx', (64, 96), check=False)
-    cv2.imwrite(str(tmp_path / 'image.jpg'), photographs((), 1, (80, 90))[0].transpose(1, 2, 0))
+    picture = photographs((), 1, (80, 90))[0].transpose(1, 2, 0)
+    cv2.imwrite(str(tmp_path / 'image.jpg'), picture)
+    (tmp_path / 'data/calibration').mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / 'data/calibration/0.png'), picture)
     return tmp_path
 
 

@@ -12,6 +12,9 @@ from PIL import Image
 from programs import run_tool
 from test_documents import write_files
 
+from soft_mm.hooks import _check_annotations
+from soft_mm.utils import DataError
+
 PAGE = Path(__file__).resolve().parents[1] / 'docs/get_started.md'
 QUICK = """
 _base_ = './{name}.py'
@@ -243,11 +246,22 @@ def test_split_without_the_folder_of_a_class(folder):
     assert run_tool('test.py', 'quick_my_classifier.py', 'run/iter_1.pth', '--work-dir', 'test').returncode == 0
 
 
+def test_files_that_mmdet_reads_are_not_refused():
+    """Images alone, as those of test-dev; annotations that mmdet skips before it reads them."""
+    content = dict(categories=[dict(id=1, name='a')], images=[dict(id=7, width=9, height=9)])
+    _check_annotations(content, 'a.json', evaluated=False)
+    skipped = [dict(ignore=1, image_id=7), dict(image_id=8, category_id=1)]
+    whole = dict(image_id=7, category_id=1, bbox=[1, 1, 5, 5], area=25)
+    _check_annotations(dict(content, annotations=[*skipped, whole]), 'a.json', evaluated=False)
+    with pytest.raises(DataError, match='category_id 3'):
+        _check_annotations(dict(content, annotations=[dict(whole, category_id=3)]), 'a.json', evaluated=False)
+
+
 def test_folders_without_images(folder):
     for file in Path('shapes/crops/train').rglob('*.png'):
         file.rename(file.with_suffix('.txt'))
     code, _ = train('my_classifier')
-    assert code.startswith('Found 0 files in subfolders of') and len(code.splitlines()) == 1
+    assert 'train_dataloader.dataset: Found 0 files in subfolders of' in code and len(code.splitlines()) == 1
 
 
 def test_more_folders_than_classes(folder):

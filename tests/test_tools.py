@@ -157,8 +157,8 @@ def load_tool(name):
     return module
 
 
-class Built(Exception):
-    """Carries the config out of a tool."""
+class Built(BaseException):
+    """Carries the config out of a tool, past its handling of errors."""
 
 
 @pytest.mark.parametrize('device', ['cuda', 'cpu'])
@@ -214,7 +214,7 @@ def test_trains_in_mixed_precision_on_the_cpu(workspace, monkeypatch, task):
         content = torch.load(workspace / folder / f'iter_{step}.pth', weights_only=False)
         dtypes = {value.dtype for value in content['state_dict'].values()}
         assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
-        assert content['optimizer'].keys() == {'state', 'param_groups'}
+        assert {'state', 'param_groups'} <= content['optimizer'].keys()
         longer = [*options, 'train_cfg.max_iters=3', 'train_cfg.val_interval=3']
         assert run_tool('train.py', config, '--work-dir', folder, '--resume', '--cfg-options', *longer).returncode == 0
 

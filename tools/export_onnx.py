@@ -50,6 +50,8 @@ def main():
                 args.force,
             )
     except (FileNotFoundError, ValueError) as error:
+        if args.traceback:
+            raise
         parser.error(str(error))
     print('\n'.join([*lines, f'written: {args.out}, {Path(args.out).stat().st_size / 2**20:.1f} MiB']))
 

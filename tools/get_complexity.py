@@ -29,6 +29,8 @@ def main():
         with config_errors(args.config, args.traceback):
             parts = config_complexity(args.config, tuple(args.shape), args.backbone)
     except (FileNotFoundError, ValueError) as error:
+        if args.traceback:
+            raise
         parser.error(str(error))
     title = escape(f'{args.config} at {args.shape[0]}x{args.shape[1]}')
     table = Table('part', 'parameters', 'multiply-adds', title=title)

@@ -45,6 +45,8 @@ def main():
             with config_errors(args.config, args.traceback):
                 pictures = predict(images, args.config, args.checkpoint, args.out_dir, args.device, args.score_thr)
     except (FileNotFoundError, ValueError) as error:
+        if args.traceback:
+            raise
         parser.error(str(error))
     print(f'pictures written to {pictures}: {len(images)}')
 

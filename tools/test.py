@@ -51,12 +51,12 @@ def main():
                 cfg.resume = False
             if args.tta:
                 use_test_time_augmentation(cfg)
+            if args.show_dir:
+                if args.tta and cfg.get('default_scope') == 'mmpretrain':
+                    parser.error('--show-dir: mmpretrain draws no pictures of augmented images: leave out one of both')
+                show_pictures(cfg, args.show_dir)
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error))
-        if args.show_dir:
-            if args.tta and cfg.get('default_scope') == 'mmpretrain':
-                parser.error('--show-dir: mmpretrain draws no pictures of augmented images: leave out one of both')
-            show_pictures(cfg, args.show_dir)
         if args.amp:
             cfg.test_cfg.fp16 = True
         add_hooks(cfg, 'soft_mm.DataCheckHook')

@@ -42,6 +42,8 @@ def main():
         window = local_window(model, args.stage, args.block)
         draw_attention(image, rows, args.points, args.out, args.head, mean, window)
     except (OSError, ValueError) as error:
+        if args.traceback:
+            raise
         parser.error(str(error))
     print(f'written: {args.out}')
 

@@ -1,23 +1,29 @@
 """Clean exits of programs that train for a long time."""
 
 import contextlib
+import math
 import signal
 import sys
+import time
 
 
 @contextlib.contextmanager
 def resumable_job():
     """Exit with a short message instead of a traceback if the job fails, is interrupted or receives SIGTERM.
 
-    After the first signal, further ones are ignored, so that the child processes are ended too.
+    After a signal, further ones are ignored for ten seconds, so that the child processes are ended too.
 
     Yields:
         None
     """
 
+    heard = -math.inf
+
     def interrupt(number, frame):
-        for number in previous:
-            signal.signal(number, signal.SIG_IGN)
+        nonlocal heard
+        if time.monotonic() - heard < 10:
+            return
+        heard = time.monotonic()
         raise KeyboardInterrupt
 
     # By default, SIGTERM ends this process but not the training that it started. That training would then write to the

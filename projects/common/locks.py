@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -26,19 +27,22 @@ def _try_lock(file):
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        # Some network file systems have no locks.
+        print(f'no lock: {error}. Do not run two jobs in one folder', file=sys.stderr)
     return True
 
 
 def _owner(file):
     """Return the id of the process that took the lock, or None if it has ended."""
     os.lseek(file, 0, os.SEEK_SET)
-    text = os.read(file, 20).decode()
+    text = os.read(file, 20).decode(errors='replace')
     if fcntl is None:
         # The lock ends with this process itself.
         return text
     try:
         os.kill(int(text), 0)
-    except (ValueError, ProcessLookupError):
+    except (ValueError, OverflowError, ProcessLookupError):
         return None
     except PermissionError:
         # Another user's process.

@@ -56,6 +56,8 @@ def last_checkpoint(work_dir):
     name = Path(note.read_text().strip()).name if note.is_file() else ''
     if name and (checkpoint := Path(work_dir) / name).is_file():
         return checkpoint
+    if not any(Path(work_dir).glob('*.pth')):
+        return None
     # A run that is killed while it writes the note leaves the checkpoints themselves.
     newest = find_newest_checkpoint(work_dir)
     return Path(newest) if newest and Path(newest).parent == Path(work_dir) and Path(newest).is_file() else None

@@ -16,12 +16,13 @@ PADDING = 0
 class SequenceEncoder(BaseModule):
     """Classification backbone for sequences: embeddings, softmax-free blocks, mean over the tokens.
 
-    Token and position embeddings are added and normalised as in BERT (arXiv:1810.04805), because post-norm blocks do
-    not normalise their input. Padding tokens take part neither in the attention, which gets them as its mask, nor in
-    the mean. If the attention forms patches or segments of tokens, the padded length decides where they end. It changes
-    the result if ``max_landmarks`` pools landmarks, with random landmarks, with Linformer, and with Nystrom's means of
-    segments. Otherwise it does not, up to rounding, if the last patch with a token is complete: if it is at least the
-    length of the sequence, rounded up to a multiple of ``ratio``.
+    Token and position embeddings are added and normalised as in BERT (arXiv:1810.04805), because post-norm blocks
+    do not normalise their input. Padding tokens take part neither in the attention, which gets them as its mask,
+    nor in the mean. If the attention forms patches or segments of tokens, the padded length decides where they end.
+    It changes the result if ``max_landmarks`` pools landmarks, with random landmarks, with ``sampler='mean'``
+    unless the padded length is a multiple of ``ratio``, with Linformer, and with Nystrom's means of segments.
+    Otherwise it does not, up to rounding, if the last patch with a token is complete: if it is at least the length
+    of the sequence, rounded up to a multiple of ``ratio``.
 
     Args:
         vocab_size (int): Number of token ids, including id 0 for padding.

@@ -85,7 +85,7 @@ def convert_checkpoint(
     diff = compare_state_dicts({key: value for key, value in ours.items() if not key.startswith('head.fc.')}, target)
     if diff.missing or diff.unexpected or diff.misshapen:
         raise ValueError(f"the weights do not form a SOFT model: {diff}; give the authors' unmodified file")
-    named = next((known for known in SOFT.arch_zoo if parse_arch(known) == arch), None)
+    named = next((known for known in SOFT.arch_zoo if parse_arch(known) == backbone.arch), None)
     unused = () if name == 'bare' else tuple(str(key) for key in checkpoint if key != name)
     normalized = _read_normalized(checkpoint)
     return Conversion(ours, named or arch, normalized, num_classes, grids, name, dropped, len(source), unused)

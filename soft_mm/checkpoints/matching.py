@@ -13,6 +13,11 @@ from torch import Tensor
 
 from soft_mm.ops.kernel import compute_dtype
 
+_BASELINES = tuple(
+    f'{name}Attention'
+    for name in ('Softmax', 'Linformer', 'Performer', 'Nystrom', 'SpatialReduction', 'GaussianKernel')
+)
+
 
 def non_tensor_keys(state_dict: Mapping[Any, Any]) -> list[Any]:
     """List the keys of a state dict that are not strings or whose values are not dense tensors of real numbers.
@@ -159,15 +164,22 @@ def _trained_forms(text: object) -> set[bool]:
         return set()
     forms = set()
     for options in map(_keywords, nodes):
-        if not str(_constant(options.get('type'))).endswith('SOFT'):
+        if _last_name(options.get('type'), '') != 'SOFT':
             continue
         attention = options.get('attention', ast.Constant(None))
         parts = attention.elts if isinstance(attention, (ast.List, ast.Tuple)) else [attention]
         for stage, part in enumerate(map(_keywords, parts)):
-            kind = _constant(part.get('type'), 'SoftmaxFreeAttention' if stage < 3 else 'SoftmaxAttention')
-            if str(kind).endswith('SoftmaxFreeAttention'):
+            kind = _last_name(part.get('type'), 'SoftmaxFreeAttention' if stage < 3 else 'SoftmaxAttention')
+            if kind == 'SoftmaxFreeAttention':
                 forms.add(bool(_constant(part.get('normalized'), False)))
+            elif kind not in _BASELINES:
+                # A type of other code may be normalised by default.
+                return set()
     return forms
+
+
+def _last_name(node: ast.AST | None, default: str) -> str:
+    return str(_constant(node, default)).rpartition('.')[2]
 
 
 def _keywords(node: ast.AST) -> dict[str | None, ast.expr]:
@@ -267,19 +279,26 @@ def adapt_channels(
     return {**state_dict, key: new}, f'; {key} changed from {given} to {channels} channels by the rule {rule!r}'
 
 
-def _misfit_attentions(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[list[str], set[str]]:
-    """Return the names of the expected attentions that do not fit what was found, and the keys that belong to them.
+def _without(keys: Collection[str], *state_dicts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{key: value for key, value in state_dict.items() if key not in keys} for state_dict in state_dicts]
 
-    The keys are those of the attentions on both sides, and those of a class token that only one side has.
+
+def _misfit_attentions(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], stages: Collection[int]
+) -> tuple[list[str], set[str]]:
+    """Return the names of the expected attentions of these stages that do not fit, and the keys that belong to them.
+
+    These are the keys of the attentions on both sides, and of a class token that only one side has.
     """
     attentions: dict[str, list[dict[str, torch.Size]]] = {}
     for side, state_dict in enumerate((expected, found)):
         for key, value in state_dict.items():
-            if match := re.match(r'(stages\.\d+\.blocks\.\d+\.attn)\.', key):
+            match = re.match(r'(stages\.(\d+)\.blocks\.\d+\.attn)\.', key)
+            if match and int(match[2]) in stages:
                 attentions.setdefault(match[1], [{}, {}])[side][key] = value.shape
     misfits = {name: {*needed, *given} for name, (needed, given) in attentions.items() if needed and needed != given}
-    stages = {name.partition('.blocks.')[0] for name in misfits}
-    tokens = {f'{stage}.{name}' for stage in stages for name in ('cls_token', 'cls_pos_embed')}
+    prefixes = {name.partition('.blocks.')[0] for name in misfits}
+    tokens = {f'{prefix}.{name}' for prefix in prefixes for name in ('cls_token', 'cls_pos_embed')}
     return list(misfits), {
         *(tokens & (found.keys() ^ expected.keys())),
         *(key for keys in misfits.values() for key in keys),
@@ -292,7 +311,7 @@ def match_backbone(
     prefix: str,
     path: str,
     normalized: bool,
-    fresh_attention: bool = False,
+    fresh_attention: Collection[int] = (),
 ) -> BackboneFit:
     """Find the weights of a backbone in a checkpoint.
 
@@ -302,8 +321,8 @@ def match_backbone(
         prefix (str): Prefix of the backbone's keys in the checkpoint, such as ``'backbone.'``.
         path (str): File of the checkpoint, for messages.
         normalized (bool): Whether the backbone has normalised attention, for messages.
-        fresh_attention (bool): Whether attentions that do not fit the checkpoint keep their initial values. The class
-            token belongs to the attention of its stage. Defaults to False.
+        fresh_attention (Collection[int]): Indices of stages whose attentions keep their initial values if they do not
+            fit the checkpoint. A class token belongs to the attention of its stage. Defaults to ().
 
     Returns:
         BackboneFit: The weights, and what was found.
@@ -321,11 +340,8 @@ def match_backbone(
     stages = {key.split('.')[1] for key in expected if key.startswith('stages.')}
     unused = [key for key in found if key.startswith('stages.') and key.split('.')[1] not in stages]
     used = {key: value for key, value in found.items() if key not in unused}
-    fresh, fresh_keys = _misfit_attentions(used, expected)
-    without_fresh = tuple(
-        {key: value for key, value in state_dict.items() if key not in fresh_keys} for state_dict in (used, expected)
-    )
-    diff = compare_state_dicts(*(without_fresh if fresh_attention else (used, expected)))
+    fresh, fresh_keys = _misfit_attentions(used, expected, fresh_attention)
+    diff = compare_state_dicts(*_without(fresh_keys, used, expected))
     if not diff.fits:
         hint = ''
         if len(diff.missing) == len(expected):
@@ -333,20 +349,21 @@ def match_backbone(
             hint = f'. The checkpoint has keys under {prefixes}: set `prefix` in init_cfg'
         elif any('stages.0.patch_embed.0.weight' in text for text in diff.misshapen):
             hint = ". For images with another number of channels, set new_channels='mean' or 'zero' in init_cfg"
-        elif fresh and compare_state_dicts(*without_fresh).fits:
-            hint = (
-                f'. Only attentions do not fit: {", ".join(fresh)}. To train them from their initial values, set '
-                'fresh_attention=True in init_cfg'
-            )
+        else:
+            names, keys = _misfit_attentions(used, expected, range(len(stages)))
+            if names and compare_state_dicts(*_without(keys, used, expected)).fits:
+                numbers = sorted({int(name.split('.')[1]) for name in names})
+                hint = (
+                    f'. Only attentions do not fit: {", ".join(names)}. To train them from their initial values, set '
+                    f'fresh_attention={numbers} in init_cfg'
+                )
         raise ValueError(
             f'the checkpoint {path} ({describe_backbone(found)}) does not fit this SOFT backbone '
             f'({describe_backbone(expected)}), prefix {prefix!r}: {diff}{hint}'
         )
-    loaded = {key: used[key] for key in expected if not (fresh_attention and key in fresh_keys)}
+    loaded = {key: used[key] for key in expected if key not in fresh_keys}
     count = 'all' if len(loaded) == len(expected) else f'{len(loaded)} of'
     report = [f'SOFT: {count} {len(expected)} backbone keys loaded from {path}']
-    if not fresh_attention:
-        fresh = []
     if fresh:
         tokens = sorted(key for key in fresh_keys & expected.keys() if '.cls_' in key)
         report.append(f'initial values kept: {", ".join([*fresh, *tokens])}')

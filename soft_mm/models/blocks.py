@@ -7,7 +7,6 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.ops.kernel import is_autocast_enabled
 from soft_mm.ops.recording import is_compiling, needs_standard_operators
 
 from .attention import build_attention
@@ -101,18 +100,6 @@ class MLP(nn.Sequential):
         return self.drop2(self.fc2(self.drop1(self.act(hidden))))
 
 
-class ResidualNorm(nn.LayerNorm):
-    """LayerNorm of a sum that may be wider than the weights, as with an attention that returns float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``(..., C)``. The output has the dtype of the weights if these are narrower than the input."""
-        dtype = self.weight.dtype
-        if torch.promote_types(x.dtype, dtype) == dtype or is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(dtype)
-
-
 class SoftmaxFreeBlock(BaseModule):
     """Post-norm block of stages 1 to 3: ``x = LN(x + attn(x)); x = LN(x + MLP(x))``.
 
@@ -139,7 +126,7 @@ class SoftmaxFreeBlock(BaseModule):
     ) -> None:
         super().__init__()
         self.attn = build_attention(attention, embed_dims, num_heads, ratio, conv_size, grid)
-        self.norm1 = ResidualNorm(embed_dims)
+        self.norm1 = nn.LayerNorm(embed_dims)
         self.mlp = MLP(embed_dims, approximate='tanh')
         self.norm2 = nn.LayerNorm(embed_dims)
         self.drop_path = DropPath(drop_path)
@@ -193,9 +180,5 @@ class PreNormBlock(BaseModule):
 
         With a class token, the tokens ``(B, 1 + H * W, C)`` form one row: ``grid = (1, 1 + H * W)``.
         """
-        attended = self.attn(self.norm1(x), grid)
-        if torch.promote_types(attended.dtype, x.dtype) != x.dtype:
-            # Of plain attention with weights in float16.
-            attended = attended.to(x.dtype)
-        x = x + self.drop_path(self.attn_drop(attended))
+        x = x + self.drop_path(self.attn_drop(self.attn(self.norm1(x), grid)))
         return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -33,7 +33,7 @@ from soft_mm.checkpoints.matching import (
     match_backbone,
 )
 from soft_mm.checkpoints.reading import is_address, load_weights
-from soft_mm.ops.checks import check_bool, check_integer, check_rate
+from soft_mm.ops.checks import check_bool, check_integer, check_rate, is_integer
 from soft_mm.ops.kernel import compute_dtype, is_autocast_enabled
 from soft_mm.ops.recording import has_dynamic_side, is_tracing, needs_standard_operators
 from soft_mm.registry import MODELS, find_registered
@@ -222,7 +222,7 @@ class SOFT(BaseModule):
         arch (str | dict): ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, ``'huge'``, or a dict. A dict needs
             ``embed_dims``, ``num_heads`` and ``depths`` with four integers each. It may have ``ratios``, four
             integers: the side of the patch of tokens that becomes one landmark (default ``(8, 4, 2, 1)``; the last must
-            be 1 if the attention of stage 4 has no landmarks). It may have ``conv_sizes``, three or four odd integers:
+            be 1 if stage 4 has a class token). It may have ``conv_sizes``, three or four odd integers:
             the side of the filters of the local branch (default ``(9, 5, 3, 3)``). Defaults to ``'tiny'``.
         attention (dict | list[dict] | None): Attention: one dict for stages 1 to 3, or a list of three or four dicts.
             Missing keys take the defaults of the type, see :class:`SoftmaxFreeAttention`. The default type is
@@ -250,8 +250,9 @@ class SOFT(BaseModule):
         init_cfg (dict | list[dict] | None): See mmengine's ``BaseModule``. With ``type='Pretrained'``, the checkpoint
             must have every parameter in the expected shape, except for the grid of the position embeddings. For images
             of other channels than in the checkpoint, it takes the key ``new_channels``, see
-            :func:`soft_mm.checkpoints.matching.adapt_channels`. With ``fresh_attention=True``, attentions that do not
-            fit the checkpoint keep their initial values. Defaults to None: the authors' initialisation.
+            :func:`soft_mm.checkpoints.matching.adapt_channels`. Its key ``fresh_attention``, such as ``[3]``, lists the
+            indices of stages whose attentions keep their initial values if they do not fit the checkpoint. Defaults to
+            None: the authors' initialisation.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -378,7 +379,11 @@ class SOFT(BaseModule):
             raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected the key checkpoint with a file or an address')
         if not isinstance(prefix, str):
             raise ValueError(f'init_cfg={dict(pretrained[-1])}: expected a string as prefix')
-        check_bool('fresh_attention in init_cfg', fresh := pretrained[-1].get('fresh_attention', False))
+        fresh = pretrained[-1].get('fresh_attention', ())
+        if not isinstance(fresh, (list, tuple)) or not all(is_integer(i, 0) and i < NUM_STAGES for i in fresh):
+            raise ValueError(
+                f'fresh_attention={fresh!r} in init_cfg: expected a list of indices of stages, such as [3] for stage 4'
+            )
         normalized = normalized_options(self)
         if not is_address(path) and not os.path.isfile(os.path.expanduser(path)):
             raise FileNotFoundError(

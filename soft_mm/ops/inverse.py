@@ -12,6 +12,8 @@ from .kernel import compute_dtype, gaussian_kernel, without_autocast
 from .recording import is_tracing, needs_standard_operators
 
 NEWTON_BACKWARDS = ('one_step', 'exact')
+# Below 2, so that rounding cannot lift an eigenvalue to 2.
+_START = 1.999
 
 
 def add_ridge(kernel: Tensor, ridge: float | Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def add_ridge(kernel: Tensor, ridge: float | Tensor) -> Tensor:
 
 
 def with_identity(kernel: Tensor, present: Tensor) -> Tensor:
-    """Replace the rows and columns of absent landmarks by those of the identity.
+    """Replace the rows and columns of absent landmarks by rows and columns of the identity.
 
     The inverse of the result is the inverse of the kernel of the present landmarks, next to an identity.
 
@@ -87,7 +89,9 @@ class _ExactNewton(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             grad = (grad + grad.transpose(-2, -1)) / 2
             grad_kernel = torch.zeros_like(grad)
-            for inverse, product in zip(ctx.saved_tensors[-2::-2], ctx.saved_tensors[::-2]):
+            # Read once, because gradient checkpointing recomputes them for each access.
+            saved = ctx.saved_tensors
+            for inverse, product in zip(saved[-2::-2], saved[::-2]):
                 grad_kernel.baddbmm_(torch.bmm(inverse, grad), inverse, alpha=-1)
                 change = torch.bmm(grad, product)
                 grad = (2 * grad).sub_(change).sub_(change.transpose(-2, -1))
@@ -221,9 +225,9 @@ def pseudo_inverse(landmarks: Tensor, present: Tensor | None = None) -> tuple[Te
 def converged_newton_inverse(matrix: Tensor, ridge: float, scales: Sequence[float]) -> Tensor:
     """Compute the inverse of ``A + ridge * I`` by Newton iterations to convergence, for ONNX, which has no Cholesky.
 
-    The iterations start at ``V = alpha I`` with ``alpha = 2 / (largest row sum + ridge)``, not at a multiple of the
-    matrix, whose condition number would be squared. Each result is multiplied by a scale, which about halves the number
-    of iterations (Pan and Schreiber, SIAM J. Sci. Stat. Comput. 12(5), 1991).
+    The iterations start at ``V = alpha I`` with ``alpha = 1.999 / (largest row sum + ridge)``, not at a multiple of the
+    matrix, whose condition number would be squared. Each result is multiplied by a scale, which saves iterations
+    (Pan and Schreiber, SIAM J. Sci. Stat. Comput. 12(5), 1991).
 
     Args:
         matrix (Tensor): ``A + ridge * I``, ``(..., m, m)``, symmetric positive definite without negative entries.
@@ -234,7 +238,7 @@ def converged_newton_inverse(matrix: Tensor, ridge: float, scales: Sequence[floa
         Tensor: ``(..., m, m)``.
     """
     shape = matrix.shape
-    start = 2 / (matrix.sum(-1).amax(-1)[..., None, None] + ridge)
+    start = _START / (matrix.sum(-1).amax(-1)[..., None, None] + ridge)
     inverse = (start * torch.eye(shape[-1], dtype=matrix.dtype, device=matrix.device)).reshape(-1, *shape[-2:])
     matrix = matrix.reshape(-1, *shape[-2:])
     for scale in scales:
@@ -246,11 +250,12 @@ def scales_to_converge(count: int, ridge: float) -> list[float]:
     """Return the scales of the Newton iterations after which the inverse of ``A + ridge * I`` is exact in float32.
 
     The eigenvalues of ``A`` are from 0 to ``count``, so those of ``V (A + ridge * I)`` are in ``[l, 2 - l]`` with
-    ``l = 2 ridge / (count + ridge)`` at the start. An iteration maps them to ``[l (2 - l), 1]``, and the scale
-    ``2 / (1 + l (2 - l))`` makes this symmetric about 1 again. While ``l`` is small, this quadruples it.
+    ``l = 1.999 ridge / (count + 2 ridge)`` at the start. An iteration maps them to ``[l (2 - l), 1]``, and the scale
+    ``2 / (1 + l (2 - l))`` makes this symmetric about 1 again. The scale is limited to 1.54, because an eigenvalue that
+    it lifts close to 2 would lose its digits. While ``l`` is small, an iteration triples it.
 
-    If the number of landmarks is a variable of an export, it is taken as 2^20. More iterations than necessary change
-    nothing but the time.
+    If the number of landmarks is a variable of an export, it is taken as 2^20, and there are no scales: over so many
+    iterations, they would amplify rounding.
 
     Args:
         count (int): Number of landmarks ``m``.
@@ -259,12 +264,14 @@ def scales_to_converge(count: int, ridge: float) -> list[float]:
     Returns:
         list[float]: Scales until ``1 - l`` is at most 1e-8, and one more iteration without a scale against rounding.
     """
-    count = 2**20 if isinstance(count, torch.SymInt) else int(count)
-    low, scales = 2 * ridge / (count + ridge), []
+    known = not isinstance(count, torch.SymInt)
+    count = int(count) if known else 2**20
+    low, scales = _START * ridge / (count + 2 * ridge), []
     while 1 - low > 1e-8:
         low *= 2 - low
-        scales.append(2 / (1 + low))
-        low *= scales[-1]
+        scale = 2 / (1 + max(low, 0.3)) if known else 1.0
+        low = min(scale * low, 2 - scale)
+        scales.append(scale)
     return [*scales, 1.0]
 
 

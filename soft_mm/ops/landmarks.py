@@ -39,7 +39,7 @@ def _cut_patches(tokens: Tensor, grid: tuple[int, int], patch: tuple[int, int]) 
     (B, heads, _, d), (H, W), (rows, columns) = tokens.shape, grid, patch
     maps = tokens.reshape(B, heads, H, W, d)
     if has_variable(grid):
-        # An export cannot decide whether a side is shorter than a patch. For the backbone's images none is.
+        # An export cannot decide whether a side is shorter than a patch. With the default ratios none is.
         out_h, out_w = H // rows, W // columns
     else:
         out_h, out_w = max(H // rows, 1), max(W // columns, 1)

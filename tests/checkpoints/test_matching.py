@@ -53,8 +53,11 @@ def test_config_of_the_training_says_the_form(attention, forms):
         '(' * 10000,
         'a' + '.b' * 100000,
         'model = dict(backbone=dict(**base, type=SOFT))',
+        'model = dict(backbone=dict(type="MySOFT"))',
+        'model = dict(backbone=dict(type="SOFT", attention=dict(type="MySoftmaxFreeAttention")))',
+        'model = dict(backbone=dict(type="SOFT", attention=[dict(type="Mine", normalized=True), dict(), dict()]))',
     ],
-    ids=lambda text: str(text)[:20],
+    ids=range(12),
 )
 def test_texts_that_say_nothing_are_not_checked(text):
     for form in (True, False):

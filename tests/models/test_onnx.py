@@ -95,19 +95,24 @@ def test_every_batch_and_size(name):
         check(function, model, image(batch, size).float())
 
 
-@pytest.mark.parametrize('count', [1, 7, 49, 196])
-@pytest.mark.parametrize('spread', [0.01, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize('count', [1, 4, 9, 49, 196])
+@pytest.mark.parametrize('spread', [0.01, 0.1, 0.3, 0.4, 1.0, 5.0])
 def test_iterations_converge_to_the_inverse(count, spread):
     """On flat landmarks, whose kernel is almost all ones, and on sharp ones, whose kernel is almost the identity."""
     torch.manual_seed(0)
-    landmarks = spread * torch.randn(2, 3, count, 32)
+    landmarks = spread * torch.randn(200 if count < 100 else 10, count, 32)
     landmarks -= landmarks.mean(-2, keepdim=True)
-    matrix = ops.gaussian_kernel(landmarks, landmarks) + 0.01 * torch.eye(count)
-    exact = torch.linalg.inv(matrix.double())
-    scales = scales_to_converge(count, 0.01)
-    assert len(scales) <= 12
-    inverse = converged_newton_inverse(matrix, 0.01, scales)
-    assert (inverse - exact).abs().max() / exact.abs().max() < 1e-4
+    kernel = ops.gaussian_kernel(landmarks, landmarks)
+    for ridge in (0.001, 0.01, 1.0, float(count), 100.0, 1000.0):
+        matrix = kernel + ridge * torch.eye(count)
+        exact = torch.linalg.inv(matrix.double())
+        # The second is for variable sizes without a bound.
+        for scales in (scales_to_converge(count, ridge), [1.0] * 34):
+            inverse = converged_newton_inverse(matrix, ridge, scales)
+            error = (inverse - exact).abs().amax((-2, -1)) / exact.abs().amax((-2, -1))
+            # The condition number is count / ridge.
+            assert error.max() < max(1e-4, 1e-7 * count / ridge)
+    assert len(scales_to_converge(49, 0.01)) == 12
 
 
 class Masked(torch.nn.Module):

@@ -8,6 +8,7 @@ from authors import VARIANTS, image, reduced_model
 from torch.nn.functional import cosine_similarity
 
 from soft_mm import ops
+from soft_mm.models.attention import SoftmaxFreeCrossAttention, build_attention
 from soft_mm.models.blocks import SoftmaxFreeBlock
 from soft_mm.ops import reference
 
@@ -125,28 +126,33 @@ def test_constant_images_train(solver, normalized, value):
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.square().sum(), model.parameters()))
 
 
-@pytest.mark.parametrize('cast', ['autocast', 'weights'])
-@pytest.mark.parametrize(
-    'attention',
-    [{}, dict(solver='cholesky'), dict(normalized=True), dict(type='GaussianKernelAttention')],
-    ids=str,
-)
-def test_sums_beyond_the_range_of_float16(attention, cast):
+PLAIN_OR_NOT = [{}, dict(solver='cholesky'), dict(normalized=True), dict(type='GaussianKernelAttention')]
+
+
+@pytest.mark.parametrize('attention', PLAIN_OR_NOT, ids=str)
+def test_sums_beyond_the_range_of_float16(attention):
     """Plain attention sums the values of all similar tokens, here 1024 values in the thousands. LayerNorm follows."""
     torch.manual_seed(0)
     block = SoftmaxFreeBlock(32, 2, ratio=8, conv_size=3, attention=attention).eval()
+    sums = []
+    block.attn.proj.register_forward_pre_hook(lambda module, args: sums.append(args[0].abs().max()))
     with torch.no_grad():
         block.attn.qv.weight[:32] *= 0.01
         block.attn.qv.weight[32:] *= 4000
-        x = (torch.randn(2, 1024, 32) + torch.linspace(-2, 2, 32)).half()
-        expected = block(x.float(), (32, 32))
-        sums = []
-        block.attn.proj.register_forward_pre_hook(lambda module, args: sums.append(args[0].abs().max()))
-        if cast == 'autocast':
-            with torch.autocast('cpu', torch.float16):
-                found = block(x.float(), (32, 32))
-        else:
-            found = copy.deepcopy(block).half()(x, (32, 32))
-            assert found.dtype == torch.float16
-    assert (sums[0] > 65504) == (not attention.get('normalized', False))
+        x = torch.randn(2, 1024, 32) + torch.linspace(-2, 2, 32)
+        expected = block(x, (32, 32))
+        with torch.autocast('cpu', torch.float16):
+            found = block(x, (32, 32))
+    assert all((largest > 65504) == (not attention.get('normalized', False)) for largest in sums)
     assert relative_error(found, expected) < 0.01
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('attention', PLAIN_OR_NOT, ids=str)
+def test_attention_returns_the_dtype_of_its_weights(attention, dtype):
+    attend = build_attention(attention, 32, 2, 4, 3).to(dtype)
+    assert attend(torch.randn(1, 64, 32, dtype=dtype), (8, 8)).dtype == dtype
+    if 'type' not in attention:
+        cross = SoftmaxFreeCrossAttention(32, 2, **attention).to(dtype)
+        query, keys = torch.randn(1, 5, 32, dtype=dtype), torch.randn(1, 64, 32, dtype=dtype)
+        assert cross(query, keys, (8, 8)).dtype == dtype

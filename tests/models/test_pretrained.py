@@ -3,7 +3,6 @@
 import pytest
 import torch
 from authors import REDUCED_ARCH
-from mmengine.logging import MMLogger
 from mmengine.model import PretrainedInit
 
 from soft_mm import SOFT
@@ -12,28 +11,6 @@ from soft_mm import SOFT
 def reduced(**kwargs):
     torch.manual_seed(0)
     return SOFT(REDUCED_ARCH, **kwargs)
-
-
-@pytest.fixture
-def classifier_checkpoint(tmp_path):
-    """A classifier's checkpoint file, and the backbone in it."""
-    backbone = reduced(out_type='cls_token')
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    state_dict = {f'backbone.{k}': v for k, v in backbone.state_dict().items()}
-    state_dict['head.fc.weight'] = torch.zeros(10, 128)
-    path = tmp_path / 'classifier.pth'
-    torch.save(dict(meta=dict(), state_dict=state_dict), path)
-    return str(path), backbone
-
-
-@pytest.fixture
-def log(tmp_path):
-    """What the current logger wrote."""
-    path = tmp_path / 'log.txt'
-    MMLogger.get_instance(f'log-{tmp_path.name}', log_file=str(path))
-    return path.read_text
 
 
 def test_pretrained_backbone_is_loaded_and_the_log_says_so(classifier_checkpoint, log):

@@ -263,14 +263,12 @@ def test_norm_eval(norm_eval):
     assert not any(norm.training for norm in norms)
 
 
-@pytest.mark.parametrize(
-    'attention', [ATTENTIONS['default'], ATTENTIONS['normalized-cholesky']], ids=['plain', 'normalized']
-)
-def test_with_cp_computes_the_same(attention):
+@pytest.mark.parametrize('name', ['default', 'normalized', 'normalized-cholesky', 'exact'])
+def test_with_cp_computes_the_same(name):
     x = torch.randn(2, 3, 64, 64)
     results = []
     for with_cp in (False, True):
-        model = reduced(with_cp=with_cp, attention=attention, drop_path_rate=0.3).train()
+        model = reduced(with_cp=with_cp, attention=ATTENTIONS[name], drop_path_rate=0.3).train()
         torch.manual_seed(1)
         out = model(x)
         weighted_sum(out).backward()

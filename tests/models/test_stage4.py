@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from authors import REDUCED_ARCH
-from mmengine.logging import MMLogger
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from soft_mm import SOFT
@@ -166,23 +165,10 @@ def test_multiply_adds_are_linear_in_all_stages():
 
 
 @pytest.fixture
-def classifier(tmp_path):
-    """A checkpoint of a classifier with softmax attention in stage 4, and its backbone."""
-    backbone = reduced(out_type='cls_token')
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    path = tmp_path / 'classifier.pth'
-    state_dict = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
-    torch.save(dict(meta=dict(normalized=False), state_dict=state_dict), path)
-    return str(path), backbone.state_dict()
-
-
-@pytest.fixture
-def log(tmp_path):
-    path = tmp_path / 'log.txt'
-    MMLogger.get_instance(f'log-{tmp_path.name}', log_file=str(path))
-    return path.read_text
+def classifier(classifier_checkpoint):
+    """The checkpoint file of a classifier with softmax attention in stage 4, and the weights of its backbone."""
+    path, backbone = classifier_checkpoint
+    return path, backbone.state_dict()
 
 
 def pretrained(path, **keys):
@@ -192,7 +178,7 @@ def pretrained(path, **keys):
 @pytest.mark.parametrize('last', [SOFTMAX_FREE, dict(SOFTMAX_FREE, normalized=True)], ids=str)
 def test_checkpoint_starts_what_fits(classifier, log, last):
     path, source = classifier
-    model = reduced(last, init_cfg=pretrained(path, fresh_attention=True))
+    model = reduced(last, init_cfg=pretrained(path, fresh_attention=[3]))
     initial = {key: value.clone() for key, value in model.state_dict().items()}
     model.init_weights()
     fresh = {key for key in initial if '.attn.' in key and key.startswith('stages.3.')}
@@ -208,7 +194,7 @@ def test_checkpoint_starts_what_fits(classifier, log, last):
 def test_checkpoint_of_another_attention_is_refused_unless_wanted(classifier):
     model = reduced(SOFTMAX_FREE, init_cfg=pretrained(classifier[0]))
     initial = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r'Only attentions do not fit: stages.3.blocks.0.attn.*fresh_attention=True'):
+    with pytest.raises(ValueError, match=r'Only attentions do not fit: stages.3.blocks.0.attn.*fresh_attention=\[3\]'):
         model.init_weights()
     assert all(torch.equal(value, initial[key]) for key, value in model.state_dict().items())
 
@@ -216,16 +202,25 @@ def test_checkpoint_of_another_attention_is_refused_unless_wanted(classifier):
 def test_fresh_attention_does_not_hide_other_differences(classifier):
     path, _ = classifier
     arch = dict(REDUCED_ARCH, embed_dims=(32, 64, 192, 128), num_heads=(1, 2, 6, 4))
-    model = reduced(SOFTMAX_FREE, arch, init_cfg=pretrained(path, fresh_attention=True))
+    model = reduced(SOFTMAX_FREE, arch, init_cfg=pretrained(path, fresh_attention=[3]))
     with pytest.raises(ValueError, match='of another shape'):
         model.init_weights()
-    with pytest.raises(ValueError, match="fresh_attention in init_cfg='yes': expected True or False"):
-        reduced(SOFTMAX_FREE, init_cfg=pretrained(path, fresh_attention='yes')).init_weights()
+    # Attentions of stages that are not named.
+    model = SOFT(
+        dict(REDUCED_ARCH, ratios=(4, 4, 2, 1)),
+        attention=[{}, {}, {}, SOFTMAX_FREE],
+        init_cfg=pretrained(path, fresh_attention=[3]),
+    )
+    with pytest.raises(ValueError, match=r'Only attentions do not fit: stages.0.*set fresh_attention=\[0, 3\]'):
+        model.init_weights()
+    for value in (True, 3, ['3'], [4], [-1]):
+        with pytest.raises(ValueError, match='in init_cfg: expected a list of indices of stages'):
+            reduced(SOFTMAX_FREE, init_cfg=pretrained(path, fresh_attention=value)).init_weights()
 
 
 def test_fresh_attention_changes_nothing_where_all_fits(classifier, log):
     path, source = classifier
-    model = reduced(init_cfg=pretrained(path, fresh_attention=True))
+    model = reduced(init_cfg=pretrained(path, fresh_attention=[3]))
     model.init_weights()
     assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
     assert f'all {len(source)} backbone keys loaded' in log() and 'initial values' not in log()
@@ -235,7 +230,7 @@ def test_class_token_starts_fresh_with_the_attention(tmp_path, log):
     linear = reduced(SOFTMAX_FREE)
     path = tmp_path / 'linear.pth'
     torch.save({f'backbone.{key}': value for key, value in linear.state_dict().items()}, path)
-    model = reduced(init_cfg=pretrained(str(path), fresh_attention=True))
+    model = reduced(init_cfg=pretrained(str(path), fresh_attention=[3]))
     token = model.stages[3].cls_token.clone()
     model.init_weights()
     assert torch.equal(model.stages[3].cls_token, token)
@@ -244,7 +239,7 @@ def test_class_token_starts_fresh_with_the_attention(tmp_path, log):
 
 def test_performer_takes_the_class_token_of_softmax(classifier):
     path, source = classifier
-    model = reduced(WITH_CLASS_TOKEN['performer'], init_cfg=pretrained(path, fresh_attention=True))
+    model = reduced(WITH_CLASS_TOKEN['performer'], init_cfg=pretrained(path, fresh_attention=[3]))
     model.init_weights()
     assert torch.equal(model.stages[3].cls_token, source['stages.3.cls_token'])
 

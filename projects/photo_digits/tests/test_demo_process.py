@@ -192,6 +192,7 @@ def assert_same_weights(found, expected):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.long
 def test_signals_and_a_second_demo(start):
     """SIGTERM in the first training, SIGINT in the second. A second demo is refused while the first trains."""
     held = INTERVAL + 3
@@ -229,7 +230,7 @@ def test_killed_demo_leaves_no_lock_but_its_training_does(start):
             pass
     os.kill(training, signal.SIGKILL)
     wait_until_ended(folder)
-    with folder_lock(folder / 'work_dirs/demo', patience=0):
+    with folder_lock(folder / 'work_dirs/demo', patience=60):
         pass
 
 
@@ -255,7 +256,8 @@ def test_signals_at_random_moments(start, number):
     assert_same_weights(folder, whole)
 
 
-def test_changed_data_and_config_are_told(start):
+@pytest.mark.long
+def test_changed_data_and_config_start_again(start):
     folder, demo = start()
     assert_finished(folder, demo, interruptions=0)
     _, demo = start(crops=6)

@@ -165,8 +165,8 @@ class BaseAttention(TokenAttention):
     A subclass defines :meth:`project`, :meth:`attend` and the output projection ``proj``, a linear layer. It may set
     ``local`` to a :class:`LocalBranch`. The benchmarks also call :meth:`project` and :meth:`attend` directly, and the
     attention maps call :meth:`rows`. It overrides ``exports_any_size`` if it can be exported with variable sides. It
-    sets ``needs_grid`` to False if the tokens need not be the cells of a grid. Such an attention can take the
-    class token of stage 4. It supports masks if its :meth:`attend` has the argument ``mask``.
+    sets ``needs_grid`` to False if the tokens need not be the cells of a grid: it then can take the class
+    token of stage 4. It supports masks if its :meth:`attend` has the argument ``mask``.
 
     Args:
         embed_dims (int): Channels ``C`` of the tokens.
@@ -301,14 +301,19 @@ class BaseAttention(TokenAttention):
 
 
 class WideProjection(nn.Linear):
-    """Linear layer that computes in float32 if its input is float32, also inside autocast and with narrower weights."""
+    """Linear layer that computes in float32 if its input is float32, also inside autocast and with narrower weights.
+
+    Inside autocast the output is float32, otherwise it has the dtype of the weights.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Project ``(..., C)``."""
-        if x.dtype != torch.float32 or not (is_autocast_enabled(x.device.type) or self.weight.dtype != x.dtype):
+        autocast = is_autocast_enabled(x.device.type)
+        if x.dtype != torch.float32 or not (autocast or self.weight.dtype != x.dtype):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+            out = nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return out if autocast else out.to(self.weight.dtype)
 
 
 class QueryProjection(nn.Linear):
