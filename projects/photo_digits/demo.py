@@ -10,9 +10,11 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
+import mmcv
 from rich.console import Console
 from rich.table import Table
 
+from projects.common.arguments import at_least
 from projects.common.jobs import resumable_job
 from projects.common.locks import folder_lock
 from projects.common.run_logs import last_checkpoint, read_losses
@@ -25,33 +27,36 @@ from .dataset_files import MANIFEST, export_photo_digits
 from .demo_page import write_report
 from .pictures import draw_attention_rows, draw_loss_curves, draw_predictions
 
-DATA = Path('data/photo_digits_demo')
 NUM_VAL = dict(num_crops=1000, num_scenes=200)
 
-_CONFIGS = 'projects/photo_digits/configs'
-CLASSIFICATION = Task(
-    'classification',
-    f'{_CONFIGS}/soft-tiny_photo-digits-crops.py',
-    {'accuracy/top1': ('top1', 0.01)},
-)
-DETECTION = Task(
-    'detection',
-    f'{_CONFIGS}/mask-rcnn_soft-tiny_fpn_photo-digits.py',
-    {f'coco/{kind}_{name}': (f'{kind}_{name}', 1) for kind in ('bbox', 'segm') for name in ('mAP', 'mAP_50')},
-)
-SEGMENTATION = Task('segmentation', f'{_CONFIGS}/fpn_soft-tiny_photo-digits.py', {'mIoU': ('mIoU', 0.01)})
-# Models to export to ONNX, with the side of their images and the folder of those for the check.
-_EXPORTS = ((CLASSIFICATION, 64, 'val/crops'), (SEGMENTATION, 192, 'val/scenes/images'))
+_BOX_AND_MASK = [f'{kind}_{name}' for kind in ('bbox', 'segm') for name in ('mAP', 'mAP_50')]
 
 
-def run_demo(work_dir='work_dirs/demo', from_scratch=False):
+def _make_tasks(folder='', ending=''):
+    names = 'soft-tiny_photo-digits-crops', 'mask-rcnn_soft-tiny_fpn_photo-digits', 'fpn_soft-tiny_photo-digits'
+    classifier, detector, segmentor = (f'projects/photo_digits/configs/{folder}{name}{ending}.py' for name in names)
+    return (
+        Task('classification', classifier, {'accuracy/top1': ('top1', 0.01)}),
+        Task('detection', detector, {f'coco/{name}': (name, 1) for name in _BOX_AND_MASK}),
+        Task('segmentation', segmentor, {'mIoU': ('mIoU', 0.01)}),
+    )
+
+
+CLASSIFICATION, DETECTION, SEGMENTATION = TASKS = _make_tasks()
+HARD_TASKS = _make_tasks('hard/', '-hard')
+
+
+def run_demo(work_dir='work_dirs/demo', from_scratch=False, hard=False, seed=0):
     """Train all models of the demo, draw the pictures, and write ``summary.json`` and ``report.html``.
 
     Args:
         work_dir (str | Path): Folder of all results. Only the data set is written elsewhere, to
-            ``data/photo_digits_demo``. Defaults to ``'work_dirs/demo'``.
+            ``data/photo_digits_demo`` or ``data/photo_digits_hard``. Defaults to ``'work_dirs/demo'``.
         from_scratch (bool): Whether to skip the classifier, and train the detector and the segmentor from random
             initialisation. Defaults to False.
+        hard (bool): Whether to use the configs in ``configs/hard``: digits that are smaller, overlap, turn further and
+            have less contrast. Defaults to False.
+        seed (int): Seed of the initialisation and of the order of the scenes. Defaults to 0.
 
     Returns:
         dict: The summary: the metrics and ``seconds`` of each task by its name, and the ``versions`` of the packages.
@@ -61,44 +66,48 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
     """
     console = Console()
     work_dir = Path(work_dir)
+    tasks = HARD_TASKS if hard else TASKS
+    classification, detection, segmentation = tasks
+    configs = [read_config(task.config_file) for task in tasks]
+    data = Path(configs[0].data_root)
     console.rule('photo-digits: validation data')
-    options = dict(
-        crop_options=read_config(CLASSIFICATION.config_file).crop_options.to_dict(),
-        scene_options=read_config(DETECTION.config_file).scene_options.to_dict(),
+    data_options = dict(
+        crop_options=configs[0].crop_options.to_dict(),
+        scene_options=configs[1].scene_options.to_dict(),
     )
-    # The demo from scratch uses the same data.
-    with folder_lock(DATA):
-        found = (DATA / MANIFEST).is_file()
-        if not export_photo_digits(DATA, splits=('val',), **NUM_VAL, **options):
-            console.print(f'{DATA} is already complete')
+    # Demos with other options use the same data.
+    with folder_lock(data):
+        found = (data / MANIFEST).is_file()
+        if not export_photo_digits(data, splits=('val',), **NUM_VAL, **data_options):
+            console.print(f'{data} is already complete')
         elif found:
-            console.print(f'{DATA} was incomplete or had other options, so it has been written again')
+            console.print(f'{data} was incomplete or had other options, so it has been written again')
     summary = {}
     pretrained = None
-    tasks = (DETECTION, SEGMENTATION) if from_scratch else (CLASSIFICATION, DETECTION, SEGMENTATION)
+    if from_scratch:
+        tasks = tasks[1:]
     for task in tasks:
         console.rule(f'{task.name}: {task.config}')
-        if task is CLASSIFICATION:
-            options = {}
-        elif from_scratch:
-            options = {'model.backbone.init_cfg': None}
-        else:
-            options = {'model.backbone.init_cfg.checkpoint': pretrained}
-        summary[task.name] = train_task(task, work_dir / task.name, DATA / MANIFEST, console, options, pretrained)
+        options = {'randomness.seed': seed} if seed else {}
+        if from_scratch:
+            options['model.backbone.init_cfg'] = None
+        elif pretrained:
+            options['model.backbone.init_cfg.checkpoint'] = pretrained
+        summary[task.name] = train_task(task, work_dir / task.name, data / MANIFEST, console, options, pretrained)
         if not from_scratch:
             # The segmentor starts from the detector's backbone, which has learned on scenes.
             pretrained = last_checkpoint(work_dir / task.name)
     console.rule('pictures')
     draw_loss_curves({task.name: work_dir / task.name for task in tasks}, work_dir / 'loss_curves.png')
     scenes = {}
-    for task in (DETECTION, SEGMENTATION):
+    for task in (detection, segmentation):
         picture = work_dir / f'{task.name}.png'
         checkpoint = last_checkpoint(work_dir / task.name)
         # mmengine shares visualizers of the same name within a process, so each toolbox draws in a separate process.
         scenes[task.name] = _in_new_process(draw_predictions, task.config_file, checkpoint, picture)
-    checkpoint = last_checkpoint(work_dir / DETECTION.name)
+    checkpoint = last_checkpoint(work_dir / detection.name)
     attention = _in_new_process(
-        draw_attention_rows, DETECTION.config_file, checkpoint, work_dir / 'attention.png', DATA / 'val/scenes'
+        draw_attention_rows, detection.config_file, checkpoint, work_dir / 'attention.png', data / 'val/scenes'
     )
     summary['versions'] = _versions()
     path = work_dir / 'summary.json'
@@ -110,11 +119,13 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False):
     console.print(f'Results: {path}; pictures in the same folder: {pictures}')
     console.print(f'Everything on one page, to open in a browser: {work_dir / "report.html"}')
     if not from_scratch:
-        _export(work_dir, console)
+        # Models to export, with the folder of the images for the check.
+        folders = {classification: data / 'val/crops', segmentation: data / 'val/scenes/images'}
+        _export(folders, work_dir, console)
     return summary
 
 
-def _export(work_dir, console):
+def _export(folders, work_dir, console):
     """Export models to ONNX and say where the files are, or which packages are missing."""
     console.rule('export')
     try:
@@ -123,10 +134,11 @@ def _export(work_dir, console):
         console.print(f'No ONNX files: {error}', markup=False)
         return
     files = []
-    for task, side, folder in _EXPORTS:
-        images = [str(image) for image in sorted((DATA / folder).rglob('*.png'))[:3]]
+    for task, folder in folders.items():
+        images = [str(image) for image in sorted(folder.rglob('*.png'))[:3]]
         files.append(work_dir / f'{task.name}.onnx')
-        arguments = (task.config_file, last_checkpoint(work_dir / task.name), files[-1], (side, side), 'batch')
+        shape = mmcv.imread(images[0]).shape[:2]
+        arguments = (task.config_file, last_checkpoint(work_dir / task.name), files[-1], shape, 'batch')
         for line in _in_new_process(export_onnx, *arguments, images=images, force=True):
             console.print(f'{files[-1]}: {line}')
     console.print(f'ONNX files: {", ".join(map(str, files))}')
@@ -161,17 +173,30 @@ def _print_summary(summary, console):
 def main():
     parser = argparse.ArgumentParser(
         'python -m projects.photo_digits.demo',
-        description='Train a classifier, a detector and a segmentor on photo-digits; write metrics and pictures.',
+        description='Train a classifier, a detector and a segmentor on photo-digits; write metrics and pictures to '
+        'work_dirs/demo. Each option adds its name to that of the folder.',
+    )
+    parser.add_argument(
+        '--hard',
+        action='store_true',
+        help='use digits that are smaller, overlap, turn further and have less contrast; adds -hard',
     )
     parser.add_argument(
         '--from-scratch',
         action='store_true',
-        help='train the detector and the segmentor from random initialisation, in work_dirs/demo-scratch',
+        help='train the detector and the segmentor from random initialisation; adds -scratch',
+    )
+    parser.add_argument(
+        '--seed', type=at_least(0), default=0, metavar='N', help='seed of the trainings (default: 0); adds -seed-N'
     )
     args = parser.parse_args()
-    work_dir = 'work_dirs/demo-scratch' if args.from_scratch else 'work_dirs/demo'
+    parts = ['work_dirs/demo']
+    parts += ['hard'] if args.hard else []
+    parts += ['scratch'] if args.from_scratch else []
+    parts += [f'seed-{args.seed}'] if args.seed else []
+    work_dir = '-'.join(parts)
     with resumable_job(), folder_lock(work_dir):
-        run_demo(work_dir, args.from_scratch)
+        run_demo(work_dir, args.from_scratch, args.hard, args.seed)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ from projects.common.arguments import at_least
 
 from .dataset_files import export_photo_digits
 from .option_checks import MIN_SIDE
+from .rendering import MIN_CONTRAST
 from .sources import SPLITS
 
 
@@ -49,6 +50,29 @@ def build_parser():
         help='smallest and largest digit of a scene, longest side in pixels (default: 20 100, less in small scenes)',
     )
     parser.add_argument(
+        '--crop-digit-size',
+        type=float,
+        nargs=2,
+        default=(0.5, 0.9),
+        metavar=('MIN', 'MAX'),
+        help='smallest and largest digit of a crop, longest side as a fraction of the crop (default: 0.5 0.9)',
+    )
+    parser.add_argument(
+        '--max-angle', type=float, default=30.0, help='largest rotation of a digit in degrees (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--min-contrast',
+        type=float,
+        default=MIN_CONTRAST,
+        help='smallest contrast of a digit with the picture below it, in grey levels (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--gap',
+        type=int,
+        metavar='PIXELS',
+        help='smallest distance between the boxes of two digits of a scene (default: digits may overlap)',
+    )
+    parser.add_argument(
         '--background',
         type=float,
         default=1.0,
@@ -60,6 +84,7 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args()
+    common = dict(max_angle=args.max_angle, min_contrast=args.min_contrast, background=args.background)
     try:
         written = export_photo_digits(
             args.out,
@@ -67,12 +92,13 @@ def main():
             num_crops=args.crops,
             num_scenes=args.scenes,
             seed=args.seed,
-            crop_options=dict(size=args.crop_size, background=args.background),
+            crop_options=dict(size=args.crop_size, digit_size=args.crop_digit_size, **common),
             scene_options=dict(
                 size=args.size,
                 num_digits=args.num_digits,
                 digit_size=args.digit_size,
-                background=args.background,
+                gap=args.gap,
+                **common,
             ),
         )
     except (ImportError, OSError, ValueError) as error:

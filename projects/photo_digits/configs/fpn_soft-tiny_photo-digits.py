@@ -7,8 +7,8 @@ _base_ = [
 custom_imports = dict(imports=['projects.photo_digits'], allow_failed_imports=False)
 
 # The backbone of mask-rcnn_soft-tiny_fpn_photo-digits.py, as trained by the demo.
-pretrained = 'work_dirs/demo/detection/iter_380.pth'
-max_iters = 350
+pretrained = 'work_dirs/demo/detection/iter_280.pth'
+max_iters = 260
 channels = 128
 
 model = dict(
@@ -29,6 +29,7 @@ model = dict(
         loss_decode=dict(class_weight=[0.3] + [2.0] * 10),
     ),
 )
+train_dataloader = dict(batch_size=8)
 # Layers that are not pretrained need a higher learning rate.
 optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys=dict(decode_head=dict(lr_mult=3.0), neck=dict(lr_mult=3.0))),

@@ -7,8 +7,8 @@ _base_ = [
 custom_imports = dict(imports=['projects.photo_digits'], allow_failed_imports=False)
 
 # The classifier of soft-tiny_photo-digits-crops.py, as trained by the demo.
-pretrained = 'work_dirs/demo/classification/iter_650.pth'
-max_iters = 380
+pretrained = 'work_dirs/demo/classification/iter_950.pth'
+max_iters = 280
 channels = 128
 
 model = dict(

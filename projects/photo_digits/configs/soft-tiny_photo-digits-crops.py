@@ -27,7 +27,7 @@ model = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=60),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.02, by_epoch=False, begin=60, end=max_iters),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.02, by_epoch=False, begin=400, end=max_iters),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(optimizer=dict(lr=4e-4))

@@ -1,16 +1,21 @@
 """The data set on disk: the same samples, readable by pycocotools and the data sets of the toolboxes."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from mmengine.registry import DATASETS
 
-from projects.photo_digits import CLASSES, CropGenerator, SceneGenerator, dataset_files, make_dataset
+from projects.photo_digits import CLASSES, CropGenerator, SceneGenerator, dataset_files, demo, make_dataset
 from projects.photo_digits.dataset_files import MANIFEST, export_photo_digits
+from soft_mm.utils import read_config
+
+README = Path(__file__).parents[1] / 'README.md'
 
 NUM_CROPS, NUM_SCENES, SIZE = 40, 6, (96, 128)
 OPTIONS = dict(
@@ -247,6 +252,23 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         run('--size', '8')
     assert exit_info.value.code == 2 and "--size: '8': expected an integer >= 16" in capsys.readouterr().err
+
+
+def test_command_of_the_readme_writes_the_data_of_the_demo(monkeypatch, root):
+    (line,) = re.findall(r'python -m projects.photo_digits.make_dataset (data/.*?)(?:\s#.*)?$', README.read_text(), re.M)
+    calls = []
+    monkeypatch.setattr(make_dataset, 'export_photo_digits', lambda out, **options: calls.append((out, options)))
+    monkeypatch.setattr('sys.argv', ['make_dataset.py', *line.split()])
+    make_dataset.main()
+    ((out, options),) = calls
+    crops, scenes = (read_config(task.config_file) for task in (demo.CLASSIFICATION, demo.DETECTION))
+    assert f'{out}/' == crops.data_root == scenes.data_root and options['splits'] == ['val']
+    assert (options['num_crops'], options['num_scenes']) == tuple(demo.NUM_VAL.values())
+    for generator, written, wanted in (
+        (CropGenerator, options['crop_options'], crops.crop_options),
+        (SceneGenerator, options['scene_options'], scenes.scene_options),
+    ):
+        assert generator('val', 0, **written).options == generator('val', 0, **wanted).options
 
 
 @pytest.mark.parametrize('name', ['make_dataset', 'demo'])

@@ -1,5 +1,6 @@
 """The demo: which trainings are resumed, skipped or repeated, and what the summary holds."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,8 +12,9 @@ import pytest
 from mmengine.config import Config
 
 from projects.common import training as training_module
-from projects.photo_digits import demo
+from projects.photo_digits import CropGenerator, SceneGenerator, demo
 from projects.photo_digits.pictures import Picture
+from soft_mm.utils import read_config
 
 METRICS = {
     'classification': {'accuracy/top1': 91.5},
@@ -187,10 +189,63 @@ def test_checkpoint_of_an_unknown_run_is_not_resumed(training, tmp_path):
 
 
 def test_configs_name_the_checkpoint_of_the_demo():
-    iterations = Config.fromfile(demo.CLASSIFICATION.config_file).train_cfg.max_iters
-    for task in (demo.DETECTION, demo.SEGMENTATION):
+    for start, task in itertools.pairwise(demo.TASKS):
+        iterations = Config.fromfile(start.config_file).train_cfg.max_iters
         checkpoint = Config.fromfile(task.config_file).model.backbone.init_cfg.checkpoint
-        assert checkpoint == f'work_dirs/demo/classification/iter_{iterations}.pth'
+        assert checkpoint == f'work_dirs/demo/{start.name}/iter_{iterations}.pth'
+
+
+def test_segmentor_starts_from_the_backbone_of_the_detector(training):
+    demo.run_demo('demo')
+    assert f'model.backbone.init_cfg.checkpoint={Path("demo/detection/iter_1.pth")}' in training.commands[2]
+
+
+def test_seed_is_passed_on(training):
+    demo.run_demo('demo', seed=3)
+    assert all('randomness.seed=3' in command for command in training.commands) and len(training.commands) == 3
+
+
+def test_hard_form_has_its_own_configs_and_data(training, tmp_path):
+    demo.run_demo('hard', hard=True)
+    assert [Path(command[2]).parent.name for command in training.commands] == ['hard'] * 3
+    assert [path.name for path in (tmp_path / 'data').iterdir() if path.is_dir()] == ['photo_digits_hard']
+
+
+def test_hard_form_is_that_of_the_generators():
+    crops, scenes, semantic = (read_config(task.config_file) for task in demo.HARD_TASKS)
+    assert CropGenerator('val', **crops.crop_options).options == CropGenerator('val').options
+    assert SceneGenerator('val', **scenes.scene_options).options == SceneGenerator('val', size=192).options
+    assert scenes.scene_options == semantic.scene_options
+    for cfg in (crops, scenes, semantic):
+        assert cfg.val_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == 'data/photo_digits_hard/'
+    assert scenes.val_evaluator.ann_file == scenes.test_evaluator.ann_file
+    assert scenes.val_evaluator.ann_file.startswith('data/photo_digits_hard/')
+
+
+@pytest.mark.parametrize('tasks', [demo.TASKS, demo.HARD_TASKS], ids=['easy', 'hard'])
+def test_training_and_validation_have_the_same_difficulty(tasks):
+    crops, scenes, semantic = (read_config(task.config_file) for task in tasks)
+    for dataset in crops.train_dataloader.dataset.datasets:
+        assert crops.crop_options.items() <= dataset.generator.items()
+    for cfg in (scenes, semantic):
+        assert cfg.scene_options.items() <= cfg.train_dataloader.dataset.generator.items()
+
+
+@pytest.mark.parametrize(
+    'arguments, folder, options',
+    [
+        ([], 'demo', (False, False, 0)),
+        (['--hard', '--seed', '2'], 'demo-hard-seed-2', (False, True, 2)),
+        (['--from-scratch'], 'demo-scratch', (True, False, 0)),
+    ],
+)
+def test_options_name_the_folder(arguments, folder, options, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(demo, 'run_demo', lambda *given: calls.append(given))
+    monkeypatch.setattr('sys.argv', ['demo.py', *arguments])
+    demo.main()
+    assert calls == [(f'work_dirs/{folder}', *options)]
 
 
 def test_changed_classifier_repeats_the_trainings_that_start_from_it_and_keeps_the_old_runs(training, tmp_path):

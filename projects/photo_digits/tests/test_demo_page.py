@@ -280,6 +280,6 @@ def test_page_of_a_miniature_demo(tmp_path, environment):
         images = page.section(name).all('img')
         assert len({image['src'] for image in images}) == 8
         assert all(re.search(r'Digits: \d.*\. Found: .+\.', image['alt']) for image in images)
-        assert {(image['width'], image['height']) for image in images} == {('512', '256')}
+        assert {(image['width'], image['height']) for image in images} == {('384', '192')}
     (rows,) = page.section('attention').all('img')
     assert int(rows['width']) > 1000 and 'the 5x5 tokens in the dashed square' in page.section('attention').text

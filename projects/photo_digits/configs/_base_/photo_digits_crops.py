@@ -3,16 +3,15 @@
 # easy crops come first: small crops with a background that fades in, then crops of the validation size.
 data_root = 'data/photo_digits_demo/'
 batch_size = 64
-small_iters = 350
-full_iters = 300
-crop_options = dict(digit_size=(0.6, 0.9), min_contrast=110)
+small_iters = 600
+full_iters = 350
+crop_options = dict(digit_size=(0.65, 0.9), max_angle=15, min_contrast=110)
 train_pipeline = [dict(type='PackInputs')]
 
 data_preprocessor = dict(num_classes=10, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 train_dataloader = dict(
     batch_size=batch_size,
-    num_workers=1,
-    persistent_workers=True,
+    num_workers=0,  # a crop takes half a millisecond to compose, and more to send to another process
     sampler=dict(type='InfiniteSampler', shuffle=False),
     dataset=dict(
         type='ConcatDataset',

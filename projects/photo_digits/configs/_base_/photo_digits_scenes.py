@@ -5,7 +5,7 @@ data_root = 'data/photo_digits_demo/'
 batch_size = 4
 scale = (192, 192)
 num_train_scenes = 8000
-scene_options = dict(size=192, digit_size=(36, 88), num_digits=(2, 5), gap=4, min_contrast=110)
+scene_options = dict(size=192, digit_size=(36, 88), num_digits=(2, 5), max_angle=15, gap=4, min_contrast=110)
 train_generator = dict(**scene_options, recolour=0.5)
 digits = tuple(str(digit) for digit in range(10))
 palette = [
