@@ -132,6 +132,14 @@ _CROP_GROUPS = {
     'Newton iterations': ('SOFT', '1 iteration', '5 iterations', '10 iterations'),
     'normalisation': ('SOFT', 'SOFT, normalised', 'Cholesky', 'Cholesky, normalised'),
 }
+_STAGE_4_CASES = {
+    'softmax': {},
+    'softmax-free': {'attention.3.type': 'SoftmaxFreeAttention'},
+    'softmax-free, normalised': {'attention.3.type': 'SoftmaxFreeAttention', 'attention.3.normalized': True},
+}
+_STAGE_4_TASK = Task(
+    'stage-4', 'projects/attention_study/configs/stage_4_study.py', {'accuracy/top1': ('top1', 0.01)}
+)
 _CROPS_TASK = Task(
     'photo-digits', 'projects/attention_study/configs/photo_digits_study.py', {'accuracy/top1': ('top1', 0.01)}
 )
@@ -185,6 +193,15 @@ STUDIES = {
             _CROPS_TASK,
             _CROP_CASES,
             _CROP_GROUPS,
+            size=(48, 48),
+            batch_size=64,
+            prepare=_prepare_crops,
+        ),
+        Study(
+            'stage-4',
+            _STAGE_4_TASK,
+            _STAGE_4_CASES,
+            {'stage 4': tuple(_STAGE_4_CASES)},
             size=(48, 48),
             batch_size=64,
             prepare=_prepare_crops,
