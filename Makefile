@@ -58,6 +58,7 @@ demo-scratch: env ## run the demo, training from scratch
 
 experiments: env ## train with each attention, several seeds, on images and on sequences (hours)
 	.venv/bin/python -m projects.attention_study photo-digits --seeds 0 1 2 3 4
+	.venv/bin/python -m projects.attention_study stage-4 --seeds 0 1 2 3 4
 	.venv/bin/python -m projects.attention_study listops
 	.venv/bin/python -m benchmarks attn-soft attn-soft-norm attn-softmax-fused attn-softmax-plain attn-linformer \
 		attn-performer attn-nystrom attn-spatial-reduction attn-gaussian --sizes 128 256 512 1024 --repeats 5 --seconds 10 \

@@ -137,9 +137,7 @@ _STAGE_4_CASES = {
     'softmax-free': {'attention.3.type': 'SoftmaxFreeAttention'},
     'softmax-free, normalised': {'attention.3.type': 'SoftmaxFreeAttention', 'attention.3.normalized': True},
 }
-_STAGE_4_TASK = Task(
-    'stage-4', 'projects/attention_study/configs/stage_4_study.py', {'accuracy/top1': ('top1', 0.01)}
-)
+_STAGE_4_TASK = Task('stage-4', 'projects/attention_study/configs/stage_4_study.py', {'accuracy/top1': ('top1', 0.01)})
 _CROPS_TASK = Task(
     'photo-digits', 'projects/attention_study/configs/photo_digits_study.py', {'accuracy/top1': ('top1', 0.01)}
 )

@@ -14,6 +14,7 @@ from projects.attention_study import compare, costs
 from projects.attention_study.compare import compare_attention
 from projects.attention_study.studies import QUICK, STUDIES, case_config
 from projects.attention_study.study_report import markdown
+from projects.photo_digits.demo import DETECTION
 from soft_mm.utils import build_model, read_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,6 +32,15 @@ def test_every_case_is_a_different_model(study):
     assert all(config not in configs[:place] for place, config in enumerate(configs))
     for name in study.cases:
         build_case(study, name)
+
+
+def test_only_stage_4_differs_from_the_detector_of_the_demo():
+    cfg = read_config(ROOT / 'projects/attention_study/configs/mask-rcnn_soft-tiny-linear_photo-digits.py')
+    softmax, linear = (build_model(config, backbone_only=True) for config in (read_config(DETECTION.config_file), cfg))
+    kinds = [[type(stage.blocks[0].attn).__name__ for stage in model.stages] for model in (softmax, linear)]
+    assert kinds == [['SoftmaxFreeAttention'] * 3 + ['SoftmaxAttention'], ['SoftmaxFreeAttention'] * 4]
+    assert {stage.blocks[0].attn.max_landmarks for stage in linear.stages} == {49}
+    assert cfg.model.backbone.init_cfg.fresh_attention == [3]
 
 
 @pytest.mark.parametrize('study', STUDIES.values(), ids=STUDIES)

@@ -255,7 +255,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_command_of_the_readme_writes_the_data_of_the_demo(monkeypatch, root):
-    (line,) = re.findall(r'python -m projects.photo_digits.make_dataset (data/.*?)(?:\s#.*)?$', README.read_text(), re.M)
+    (line,) = re.findall(
+        r'python -m projects.photo_digits.make_dataset (data/.*?)(?:\s#.*)?$', README.read_text(), re.M
+    )
     calls = []
     monkeypatch.setattr(make_dataset, 'export_photo_digits', lambda out, **options: calls.append((out, options)))
     monkeypatch.setattr('sys.argv', ['make_dataset.py', *line.split()])

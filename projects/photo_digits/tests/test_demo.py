@@ -217,7 +217,9 @@ def test_hard_form_is_that_of_the_generators():
     assert SceneGenerator('val', **scenes.scene_options).options == SceneGenerator('val', size=192).options
     assert scenes.scene_options == semantic.scene_options
     for cfg in (crops, scenes, semantic):
-        assert cfg.val_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == 'data/photo_digits_hard/'
+        assert (
+            cfg.val_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == 'data/photo_digits_hard/'
+        )
     assert scenes.val_evaluator.ann_file == scenes.test_evaluator.ann_file
     assert scenes.val_evaluator.ann_file.startswith('data/photo_digits_hard/')
 
