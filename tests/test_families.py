@@ -20,13 +20,14 @@ NAMES = ('chelsea', 'astronaut', 'camera', 'coins')  # of these, camera and coin
 
 
 def photographs():
-    """Return four photographs to train with, and three to evaluate: one portrait, one landscape, one of other sizes."""
+    """Return four photographs to train with, and three to evaluate. One of each is a portrait, the sizes differ."""
     from projects.photo_digits.sources import PHOTOGRAPHS, load_photographs
 
     train = dict(zip([p.name for p in PHOTOGRAPHS if p.split == 'train'], load_photographs('train')))
+    train['chelsea'] = np.ascontiguousarray(train['chelsea'].transpose(1, 0, 2))
     coffee, flower, _, rocket = load_photographs('val')
     portrait = flower[:, 160:460]
-    assert portrait.shape[0] > portrait.shape[1]
+    assert all(image.shape[0] > image.shape[1] for image in (portrait, train['chelsea']))
     return dict(train=[train[name] for name in NAMES], val=[coffee, np.ascontiguousarray(portrait), rocket])
 
 

@@ -16,11 +16,11 @@ from projects.common.run_logs import last_checkpoint
 from projects.common.training import train_task
 from projects.photo_digits.dataset_files import MANIFEST, export_photo_digits
 from projects.photo_digits.demo import DETECTION, SEGMENTATION
-from soft_mm.utils import write_json
+from soft_mm.utils import read_config, write_json
 
 DATA = Path('data/photo_digits_480')
 SIZE, ITERATIONS, WARM_UP = 480, 60, 6
-# Larger scenes with digits of the same size as in the demo, so that only the number of tokens differs.
+# Larger scenes with digits as in the demo, so that only the number of tokens differs.
 SCENES = dict(size=SIZE, num_digits=(6, 16))
 SOLVERS = ('cholesky', 'newton')
 #: Values of ``max_landmarks``. Without a bound, every stage has 225 landmarks at this size.
@@ -51,7 +51,8 @@ def compare_bounds(demo_dir='work_dirs/demo', work_dir='work_dirs/landmarks', co
     for task, start in starts:
         if start is None:
             raise FileNotFoundError(f'{Path(demo_dir) / task.name} holds no checkpoint to start from: run `make demo`')
-    export_photo_digits(DATA, splits=('val',), num_crops=1, num_scenes=NUM_SCENES, scene_options=SCENES)
+    scenes = dict(read_config(DETECTION.config_file).scene_options, **SCENES)
+    export_photo_digits(DATA, splits=('val',), num_crops=1, num_scenes=NUM_SCENES, scene_options=scenes)
     rows = []
     for (task, start), solver, bound in itertools.product(starts, SOLVERS, BOUNDS):
         name = f'{task.name}_{solver}_{bound}'
@@ -73,8 +74,7 @@ def _options(task, start, solver, bound):
         'model.backbone.attention.max_landmarks': bound,
         'train_dataloader.batch_size': 2,
         'train_dataloader.dataset.seed': 1,
-        'train_dataloader.dataset.generator.size': SIZE,
-        'train_dataloader.dataset.generator.num_digits': SCENES['num_digits'],
+        **{f'train_dataloader.dataset.generator.{name}': value for name, value in SCENES.items()},
         'optim_wrapper.optimizer.lr': 1e-4,
         'param_scheduler.0.end': WARM_UP,
         'param_scheduler.1.begin': WARM_UP,

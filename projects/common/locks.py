@@ -60,7 +60,7 @@ def inherited_files():
 
 
 @contextlib.contextmanager
-def folder_lock(folder, patience=15):
+def folder_lock(folder, patience=15, wait=0):
     """Lock a folder for one job at a time.
 
     The operating system ends the lock with the last process that holds it, so a killed job leaves no lock behind. The
@@ -69,23 +69,25 @@ def folder_lock(folder, patience=15):
     Args:
         folder (str | Path): Folder, which need not exist.
         patience (float): Seconds to wait for the child processes of a job that has ended. Defaults to 15.
+        wait (float): Seconds to wait for another job that holds the lock. Defaults to 0.
 
     Yields:
         None
 
     Raises:
-        RuntimeError: If another job holds the lock, or child processes of a killed job still do after the wait.
+        RuntimeError: If another job, or child processes of a killed job, still hold the lock after the wait.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Opened without truncation, because the file names the process that holds the lock.
     file = os.open(folder.with_name(f'.{folder.name}.lock'), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        deadline = time.monotonic() + patience
+        start = time.monotonic()
         while not _try_lock(file):
-            if owner := _owner(file):
+            waited = time.monotonic() - start
+            if (owner := _owner(file)) and waited >= wait:
                 raise RuntimeError(f'process {owner} already works in {folder}: wait until it has ended, or end it')
-            if time.monotonic() > deadline:
+            if not owner and waited > max(patience, wait):
                 raise RuntimeError(
                     f'a process that an earlier job started still works in {folder}: wait until it has ended, or end it'
                 )

@@ -75,8 +75,8 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False, hard=False, seed=0):
         crop_options=configs[0].crop_options.to_dict(),
         scene_options=configs[1].scene_options.to_dict(),
     )
-    # Demos with other options use the same data.
-    with folder_lock(data):
+    # Demos with other options use the same data, whose export takes seconds.
+    with folder_lock(data, wait=120):
         found = (data / MANIFEST).is_file()
         if not export_photo_digits(data, splits=('val',), **NUM_VAL, **data_options):
             console.print(f'{data} is already complete')
@@ -113,20 +113,19 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False, hard=False, seed=0):
     path = work_dir / 'summary.json'
     write_json(path, summary)
     losses = {task.name: read_losses(work_dir / task.name) for task in tasks}
-    write_report(work_dir / 'report.html', summary, losses, scenes, attention)
+    write_report(work_dir / 'report.html', summary, losses, scenes, attention, hard, seed)
     _print_summary(summary, console)
     pictures = 'loss_curves.png, detection.png, segmentation.png, attention.png'
     console.print(f'Results: {path}; pictures in the same folder: {pictures}')
     console.print(f'Everything on one page, to open in a browser: {work_dir / "report.html"}')
     if not from_scratch:
         # Models to export, with the folder of the images for the check.
-        folders = {classification: data / 'val/crops', segmentation: data / 'val/scenes/images'}
-        _export(folders, work_dir, console)
+        _export([(classification, data / 'val/crops'), (segmentation, data / 'val/scenes/images')], work_dir, console)
     return summary
 
 
-def _export(folders, work_dir, console):
-    """Export models to ONNX and say where the files are, or which packages are missing."""
+def _export(models, work_dir, console):
+    """Export models to ONNX and say where the files are, or why there is none."""
     console.rule('export')
     try:
         import_extra('onnx', 'onnxscript', 'onnxruntime')
@@ -134,14 +133,21 @@ def _export(folders, work_dir, console):
         console.print(f'No ONNX files: {error}', markup=False)
         return
     files = []
-    for task, folder in folders.items():
-        images = [str(image) for image in sorted(folder.rglob('*.png'))[:3]]
-        files.append(work_dir / f'{task.name}.onnx')
+    for task, folder in models:
+        images = sorted(folder.rglob('*.png'))[:3]
+        file = work_dir / f'{task.name}.onnx'
         shape = mmcv.imread(images[0]).shape[:2]
-        arguments = (task.config_file, last_checkpoint(work_dir / task.name), files[-1], shape, 'batch')
-        for line in _in_new_process(export_onnx, *arguments, images=images, force=True):
-            console.print(f'{files[-1]}: {line}')
-    console.print(f'ONNX files: {", ".join(map(str, files))}')
+        arguments = (task.config_file, last_checkpoint(work_dir / task.name), file, shape, 'batch')
+        try:
+            lines = _in_new_process(export_onnx, *arguments, images=[str(image) for image in images], force=True)
+        except ValueError as error:
+            console.print(f'No ONNX file of the {task.name}: {error}', markup=False)
+            continue
+        for line in lines:
+            console.print(f'{file}: {line}')
+        files.append(str(file))
+    if files:
+        console.print(f'ONNX files: {", ".join(files)}')
 
 
 def _in_new_process(function, *arguments, **options):

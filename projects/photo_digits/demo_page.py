@@ -46,7 +46,7 @@ STEPS = (
         'JSON files. The option of the command trains from random initialisation; leave it out when you have the '
         'converted weights of the next step. docs/get_started.md and docs/replace_backbone.md say more.',
         config=_CONFIG,
-        command='python tools/train.py my_data.py --cfg-options model.backbone.init_cfg=None',
+        command='python tools/train.py my_data.py --auto-scale-lr --cfg-options model.backbone.init_cfg=None',
     ),
     dict(
         title="Convert the authors' weights",
@@ -64,7 +64,7 @@ STEPS = (
 )
 
 
-def write_report(path, summary, losses, scenes, attention):
+def write_report(path, summary, losses, scenes, attention, hard=False, seed=0):
     """Write the page atomically.
 
     Args:
@@ -74,6 +74,8 @@ def write_report(path, summary, losses, scenes, attention):
             training, see :func:`~projects.common.run_logs.read_losses`.
         scenes (dict[str, list[Picture]]): Maps the name of a part to its pictures of ground truth and prediction.
         attention (Picture | None): Rows of the attention of two pixels.
+        hard (bool): Whether the data have the hard form. Defaults to False.
+        seed (int): Seed of the trainings. Defaults to 0.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent),
@@ -83,12 +85,15 @@ def write_report(path, summary, losses, scenes, attention):
         lstrip_blocks=True,
     )
     parts = {name: values for name, values in summary.items() if name != 'versions'}
-    start = 'from the classifier' if 'classification' in parts else 'from random initialisation'
+    start = 'The backbones of both start from random initialisation.'
+    if 'classification' in parts:
+        start = "The detector starts from the classifier, and the segmentor from the detector's backbone."
+    digits = 'small, overlapping and of less contrast' if hard else 'large, apart and of high contrast'
     seconds = [values.get('seconds') for values in parts.values()]
     page = environment.get_template(_TEMPLATE.name).render(
         title='soft_mm: results of the demo',
         introduction='SOFT-Tiny on photo-digits, handwritten digits on photographs. The detector is a Mask R-CNN, and '
-        f'the segmentor is a Semantic FPN. Their backbones start {start}.',
+        f'the segmentor is a Semantic FPN. {start} The digits are {digits}. The seed is {seed}.',
         parts=[_describe_part(name, values) for name, values in parts.items()],
         minutes=None if None in seconds else f'{sum(seconds) / 60:.1f}',
         curves=[_chart(name, losses.get(name, [])) for name in parts],

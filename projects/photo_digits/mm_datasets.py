@@ -118,8 +118,8 @@ class PhotoDigitsCrops(_PhotoDigits):
         length (int): Number of samples.
         seed (int): Seed, at least 0. Another seed gives other samples.
         generator (dict, optional): Options of :class:`CropGenerator`: ``size``, ``digit_size``, ``max_angle``,
-            ``background``, ``recolour``. A ``background`` that changes over the data set needs a sampler that does not
-            shuffle.
+            ``background``, ``recolour``, ``min_contrast``. A ``background`` that changes over the data set needs a
+            sampler that does not shuffle.
         metainfo, pipeline, filter_cfg, indices, serialize_data, test_mode, lazy_init, max_refetch: As in
             :class:`mmengine.dataset.BaseDataset`.
 
@@ -158,7 +158,7 @@ class PhotoDigitsScenes(_PhotoDigits):
         seed (int): Seed, at least 0. Another seed gives other samples.
         annotations (str): ``'instances'`` or ``'semantic'``.
         generator (dict, optional): Options of :class:`SceneGenerator`: ``size``, ``num_digits``, ``digit_size``,
-            ``max_angle``, ``background``, ``recolour``.
+            ``max_angle``, ``background``, ``recolour``, ``min_contrast``, ``gap``.
         filter_cfg (dict, optional): As in :class:`mmengine.dataset.BaseDataset`. No scene is filtered, because every
             scene has at least one digit.
         metainfo, pipeline, indices, serialize_data, test_mode, lazy_init, max_refetch: As in

@@ -35,6 +35,17 @@ def test_second_job_is_refused_until_the_first_is_killed(tmp_path, environment):
         pass
 
 
+def test_waits_for_a_job_on_demand(tmp_path, environment):
+    command = [sys.executable, '-c', HOLD.replace('120', '1'), tmp_path / 'run']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout.readline() == 'held\n'
+        with pytest.raises(RuntimeError, match=f'^process {holder.pid} already works in '):
+            with folder_lock(tmp_path / 'run', wait=0.1):
+                pass
+        with folder_lock(tmp_path / 'run', wait=60):
+            pass
+
+
 def test_child_process_keeps_the_lock(tmp_path):
     """A lock that is left is refused only after some patience, because child processes need time to end."""
     folder, program = tmp_path / 'run', 'import time; time.sleep(120)'

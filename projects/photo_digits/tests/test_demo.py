@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mmcv
+import numpy as np
 import pytest
 from mmengine.config import Config
 
@@ -75,6 +77,8 @@ def training(monkeypatch, tmp_path):
     def export(out, **kwargs):
         out.mkdir(parents=True, exist_ok=True)
         (out / 'photo_digits.json').write_text('{}')
+        for folder in ('val/crops/0', 'val/scenes/images'):
+            mmcv.imwrite(np.zeros((8, 12, 3), np.uint8), str(out / folder / '000000.png'))
         return True
 
     class Inline:
@@ -120,7 +124,7 @@ def test_page_holds_the_results_and_is_written_again(training, tmp_path, capsys)
     assert 'demo/report.html' in capsys.readouterr().out.replace('\n', '')
     for text in ('0.915', '0.850', '0.630', 'detection 0', 'detection 7', 'segmentation 7', 'rows of two pixels'):
         assert f'>{text}<' in page
-    assert 'start from the classifier' in page and page.count('<polyline') == 3
+    assert 'The detector starts from the classifier' in page and page.count('<polyline') == 3
     (tmp_path / 'demo/report.html').unlink()
     demo.run_demo('demo')
     assert len(training.commands) == 3 and (tmp_path / 'demo/report.html').read_text() == page
@@ -139,6 +143,23 @@ def test_models_are_exported(training, tmp_path, monkeypatch, capsys):
     assert 'ONNX files: demo/classification.onnx, demo/segmentation.onnx' in capsys.readouterr().out.replace('\n', ' ')
     demo.run_demo('scratch', from_scratch=True)
     assert not list((tmp_path / 'scratch').glob('*.onnx'))
+
+
+def test_failed_export_ends_in_one_sentence(training, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        if 'segmentation' in str(arguments[2]):
+            raise ValueError('outputs differ by 3')
+        return ['exported']
+
+    monkeypatch.setattr(demo, 'import_extra', lambda *names: None)
+    run = demo._in_new_process
+    monkeypatch.setattr(
+        demo, '_in_new_process', lambda f, *a, **o: fail(*a, **o) if f is demo.export_onnx else run(f, *a, **o)
+    )
+    demo.run_demo('demo')
+    text = capsys.readouterr().out
+    assert 'No ONNX file of the segmentation: outputs differ by 3' in text
+    assert 'ONNX files: demo/classification.onnx\n' in text
 
 
 def test_missing_packages_of_the_export_are_named(training, tmp_path, monkeypatch, capsys):
@@ -188,11 +209,12 @@ def test_checkpoint_of_an_unknown_run_is_not_resumed(training, tmp_path):
     assert (kept / 'iter_1.pth').read_bytes() == b'of another run'
 
 
-def test_configs_name_the_checkpoint_of_the_demo():
-    for start, task in itertools.pairwise(demo.TASKS):
+@pytest.mark.parametrize('tasks, folder', [(demo.TASKS, 'demo'), (demo.HARD_TASKS, 'demo-hard')])
+def test_configs_name_the_checkpoint_of_the_demo(tasks, folder):
+    for start, task in itertools.pairwise(tasks):
         iterations = Config.fromfile(start.config_file).train_cfg.max_iters
         checkpoint = Config.fromfile(task.config_file).model.backbone.init_cfg.checkpoint
-        assert checkpoint == f'work_dirs/demo/{start.name}/iter_{iterations}.pth'
+        assert checkpoint == f'work_dirs/{folder}/{start.name}/iter_{iterations}.pth'
 
 
 def test_segmentor_starts_from_the_backbone_of_the_detector(training):

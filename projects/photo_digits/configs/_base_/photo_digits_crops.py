@@ -1,6 +1,6 @@
 # Crops with one digit, for mmpretrain. Training crops are composed on the fly. Validation crops are read from disk and
-# written by `python -m projects.photo_digits.make_dataset`. Training crops all differ. They are not shuffled, because
-# easy crops come first: small crops with a background that fades in, then crops of the validation size.
+# written by the demo. Training crops all differ. They are not shuffled, because easy crops come first: small crops with
+# a background that fades in, then crops of the validation size.
 data_root = 'data/photo_digits_demo/'
 batch_size = 64
 small_iters = 600
