@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -339,13 +341,32 @@ def _dead_worker() -> Iterator[None]:
         )
 
 
+def _end_with_parent() -> None:
+    """Start a thread that ends this process when its parent has ended.
+
+    PyTorch's data processes look for their parent too, but not while they wait for it to take a large sample.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    parent = os.getppid()
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def data_errors() -> Iterator[None]:
     """Exit with one sentence instead of a traceback if a file is missing, or data cannot be read or do not fit.
 
+    From then on, processes that this one forks, such as those that load data, end soon after it, even if it is killed.
+
     Yields:
         None
     """
+    if hasattr(os, 'register_at_fork'):
+        os.register_at_fork(after_in_child=_end_with_parent)
     datasets = 'train_dataloader.dataset, val_dataloader.dataset and test_dataloader.dataset'
     try:
         # Twice, because the signal may arrive while another error of the dead process is handled.

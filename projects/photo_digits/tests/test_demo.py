@@ -51,7 +51,9 @@ class FakeTraining:
             Path(command[command.index('--json') + 1]).write_text(json.dumps(METRICS['classification']))
             return
         work_dir = Path(command[command.index('--work-dir') + 1])
-        (work_dir / 'iter_1.pth').write_bytes(work_dir.name.encode())
+        # The weights depend on those from which the training starts.
+        starts = [Path(option.partition('=')[2]).read_bytes() for option in command if 'init_cfg.checkpoint=' in option]
+        (work_dir / 'iter_1.pth').write_bytes(b' '.join([work_dir.name.encode(), *starts]))
         (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_1.pth'))
         if work_dir.name in self.failing:
             raise subprocess.CalledProcessError(3, command)

@@ -48,6 +48,7 @@ MODULE = """
 import os
 import time
 
+import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
@@ -60,7 +61,8 @@ class Numbers(torch.utils.data.Dataset):
         return 16
 
     def __getitem__(self, index):
-        return dict(inputs=torch.linspace(index, 1, 4))
+        # More than a pipe holds, as the masks of a scene may be, so a data process waits until a sample is taken.
+        return dict(inputs=torch.linspace(index, 1, 4), filler=np.zeros(100_000))
 
 
 @MODELS.register_module()
@@ -69,7 +71,8 @@ class SlowModel(BaseModel):
         super().__init__()
         self.name, self.layer, self.count = name, torch.nn.Linear(4, 1), 0
 
-    def forward(self, inputs, mode='tensor'):
+    def forward(self, inputs, filler, mode='tensor'):
+        inputs = torch.stack(inputs)
         if mode != 'loss':
             return [self.layer(inputs)]
         time.sleep(0.05)
@@ -99,7 +102,7 @@ loader = dict(
     dataset=dict(type='Numbers'),
     batch_size=2,
     num_workers=1,
-    collate_fn=dict(type='default_collate'),
+    collate_fn=dict(type='pseudo_collate'),
 )
 model = dict(type='SlowModel', name={name!r}, backbone=dict())
 train_dataloader = dict(loader, sampler=dict(type='InfiniteSampler', shuffle=False))
@@ -173,7 +176,7 @@ def processes_in(folder):
 
 
 def wait_until_ended(folder):
-    """Wait for the data processes of a training that was killed, which look for it every few seconds."""
+    """Wait for the data processes of a training that was killed, which end soon after it."""
     wait_for(lambda: not processes_in(folder), 20)
 
 
