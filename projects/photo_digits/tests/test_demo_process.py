@@ -205,13 +205,13 @@ def assert_same_weights(found, expected):
 
 
 @pytest.mark.long
-def test_signals_and_a_second_demo(start):
+def test_signals_and_a_second_demo(start, environment):
     """SIGTERM in the first training, SIGINT in the second. A second demo is refused while the first trains."""
     held = INTERVAL + 3
     folder, demo = start(hold=f'classification {held}')
     wait_for(lambda: len(steps(folder)) == held)
     command = [sys.executable, 'program.py', '4']
-    second = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert second.returncode == 1 and second.stdout == ''
     assert second.stderr == (
         f'process {demo.pid} already works in work_dirs/demo: wait until it has ended, or end it\n'
