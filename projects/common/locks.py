@@ -84,13 +84,10 @@ def folder_lock(folder, patience=15, wait=0):
     try:
         start = time.monotonic()
         while not _try_lock(file):
-            waited = time.monotonic() - start
-            if (owner := _owner(file)) and waited >= wait:
-                raise RuntimeError(f'process {owner} already works in {folder}: wait until it has ended, or end it')
-            if not owner and waited > max(patience, wait):
-                raise RuntimeError(
-                    f'a process that an earlier job started still works in {folder}: wait until it has ended, or end it'
-                )
+            owner = _owner(file)
+            if time.monotonic() - start >= (wait if owner else max(patience, wait)):
+                holder = f'process {owner} already' if owner else 'a process that an earlier job started still'
+                raise RuntimeError(f'{holder} works in {folder}: wait until it has ended, or end it')
             time.sleep(0.2)
         os.lseek(file, 0, os.SEEK_SET)
         os.ftruncate(file, 0)

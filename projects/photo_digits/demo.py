@@ -68,12 +68,12 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False, hard=False, seed=0):
     work_dir = Path(work_dir)
     tasks = HARD_TASKS if hard else TASKS
     classification, detection, segmentation = tasks
-    configs = [read_config(task.config_file) for task in tasks]
-    data = Path(configs[0].data_root)
+    crops, scenes = (read_config(task.config_file) for task in (classification, detection))
+    data = Path(crops.data_root)
     console.rule('photo-digits: validation data')
     data_options = dict(
-        crop_options=configs[0].crop_options.to_dict(),
-        scene_options=configs[1].scene_options.to_dict(),
+        crop_options=crops.crop_options.to_dict(),
+        scene_options=scenes.scene_options.to_dict(),
     )
     # Demos with other options use the same data, whose export takes seconds.
     with folder_lock(data, wait=120):
@@ -99,12 +99,12 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False, hard=False, seed=0):
             pretrained = last_checkpoint(work_dir / task.name)
     console.rule('pictures')
     draw_loss_curves({task.name: work_dir / task.name for task in tasks}, work_dir / 'loss_curves.png')
-    scenes = {}
+    pictures = {}
     for task in (detection, segmentation):
         picture = work_dir / f'{task.name}.png'
         checkpoint = last_checkpoint(work_dir / task.name)
         # mmengine shares visualizers of the same name within a process, so each toolbox draws in a separate process.
-        scenes[task.name] = _in_new_process(draw_predictions, task.config_file, checkpoint, picture)
+        pictures[task.name] = _in_new_process(draw_predictions, task.config_file, checkpoint, picture)
     checkpoint = last_checkpoint(work_dir / detection.name)
     attention = _in_new_process(
         draw_attention_rows, detection.config_file, checkpoint, work_dir / 'attention.png', data / 'val/scenes'
@@ -113,10 +113,10 @@ def run_demo(work_dir='work_dirs/demo', from_scratch=False, hard=False, seed=0):
     path = work_dir / 'summary.json'
     write_json(path, summary)
     losses = {task.name: read_losses(work_dir / task.name) for task in tasks}
-    write_report(work_dir / 'report.html', summary, losses, scenes, attention, hard, seed)
+    write_report(work_dir / 'report.html', summary, losses, pictures, attention, hard, seed)
     _print_summary(summary, console)
-    pictures = 'loss_curves.png, detection.png, segmentation.png, attention.png'
-    console.print(f'Results: {path}; pictures in the same folder: {pictures}')
+    names = 'loss_curves.png, detection.png, segmentation.png, attention.png'
+    console.print(f'Results: {path}; pictures in the same folder: {names}')
     console.print(f'Everything on one page, to open in a browser: {work_dir / "report.html"}')
     if not from_scratch:
         # Models to export, with the folder of the images for the check.
@@ -180,7 +180,7 @@ def main():
     parser = argparse.ArgumentParser(
         'python -m projects.photo_digits.demo',
         description='Train a classifier, a detector and a segmentor on photo-digits; write metrics and pictures to '
-        'work_dirs/demo. Each option adds its name to that of the folder.',
+        'work_dirs/demo. Each option adds its name to the name of the folder.',
     )
     parser.add_argument(
         '--hard',

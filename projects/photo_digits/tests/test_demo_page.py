@@ -203,7 +203,7 @@ def arguments_of(step, program):
 
 def test_training_command_and_config(tmp_path):
     arguments = arguments_of(STEPS[0], ['python', 'tools/train.py'])
-    # `tools/train.py` adds this option to those of all tools.
+    # Only `tools/train.py` has this option.
     arguments.remove('--auto-scale-lr')
     args = runner_parser('').parse_args(arguments)
     assert args.config == 'my_data.py' and 'my_data.py' in STEPS[0]['text']
