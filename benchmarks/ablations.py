@@ -12,7 +12,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.inference import fuse_conv_bn
 from soft_mm.models.attention import SoftmaxAttention, SoftmaxFreeAttention
 from soft_mm.models.attention.base import LocalBranch, split_heads
 from soft_mm.models.blocks import MLP
@@ -86,13 +85,12 @@ class HeldKernelAttention(SoftmaxFreeAttention):
 
 
 @MODELS.register_module()
-class TwoProjectionsAttention(SoftmaxFreeAttention):
-    """Attention that projects queries and values by two products instead of one."""
+class OneProjectionAttention(SoftmaxFreeAttention):
+    """Attention that projects queries and values by one product instead of two."""
 
     def project(self, x, grid):
-        (q_weight, v_weight), (q_bias, v_bias) = self.qv.weight.chunk(2), self.qv.bias.chunk(2)
-        q = F.linear(x, q_weight, q_bias) * self.head_dims**-0.25
-        return split_heads(q, self.num_heads), split_heads(F.linear(x, v_weight, v_bias), self.num_heads)
+        q, v = F.linear(x, self.qv.weight, self.qv.bias).chunk(2, dim=-1)
+        return split_heads(q * self.head_dims**-0.25, self.num_heads), split_heads(v, self.num_heads)
 
 
 class LocalBranchOverHeads(nn.Module):
@@ -144,6 +142,14 @@ def compute_mlps_at_once(model):
     _replace_modules(model, MLP, lambda mlp: nn.Sequential(OrderedDict(mlp.named_children())))
 
 
+def call_layers_apart(model):
+    """Add hooks without effect to the layers of MLPs and patch embeddings, so that inference calls each layer."""
+    for part in model.modules():
+        if isinstance(part, (MLP, PatchEmbed)):
+            for layer in part:
+                layer.register_forward_hook(lambda module, args, output: None)
+
+
 def keep_channels_first(model):
     """Replace the patch embeddings of a model by :class:`ChannelsFirstEmbed`, in place."""
     _replace_modules(model, PatchEmbed, lambda embed: ChannelsFirstEmbed(*embed))
@@ -153,21 +159,21 @@ def keep_channels_first(model):
 ATTENTIONS = {
     'composed-autograd': 'ComposedAutogradAttention',
     'held-kernel': 'HeldKernelAttention',
-    'two-projections': 'TwoProjectionsAttention',
+    'one-projection': 'OneProjectionAttention',
 }
 #: Other ablations, with the functions that replace submodules of a built backbone in place.
 REPLACEMENTS = {
     'local-over-heads': compute_local_over_heads,
     'mlp-at-once': compute_mlps_at_once,
     'channels-first': keep_channels_first,
-    'fused-batchnorm': fuse_conv_bn,
+    'layers-apart': call_layers_apart,
 }
 #: All ablations.
 ABLATIONS = (*ATTENTIONS, *REPLACEMENTS)
 #: Ablations that also apply to an attention operator, which has no projections and no local branch.
 OPERATOR_ABLATIONS = ('composed-autograd', 'held-kernel')
 #: Ablations that work in evaluation mode only.
-EVALUATION_ONLY = ('fused-batchnorm',)
+EVALUATION_ONLY = ('layers-apart',)
 
 
 def ablate_attention(config, ablation):

@@ -7,6 +7,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from soft_mm.ops.fused_layers import fused_dtype, fused_linear
 from soft_mm.ops.recording import is_compiling, needs_standard_operators
 
 from .attention import build_attention
@@ -84,8 +85,12 @@ class MLP(nn.Sequential):
             return self.after_fc1(self.fc1(x))
         recompute = self.training and torch.is_grad_enabled()
         entries = _CHUNK_ENTRIES.get(x.device.type, _ACCELERATOR_ENTRIES)
+        fused = fused_dtype(x, *self)
         outputs = []
         for chunk in x.flatten(0, -2).split(max(entries // (4 * x.shape[-1]), 1)):
+            if fused is not None:
+                outputs.append(fused_linear(fused_linear(chunk.to(fused), self.fc1, self.act), self.fc2))
+                continue
             hidden = self.fc1(chunk)
             if recompute:
                 # The random state matters to dropout only, and saving it would prevent the capture of a CUDA graph.

@@ -34,8 +34,9 @@ from soft_mm.checkpoints.matching import (
 )
 from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate, is_integer
+from soft_mm.ops.fused_layers import can_fuse, fused_conv
 from soft_mm.ops.kernel import compute_dtype, is_autocast_enabled
-from soft_mm.ops.recording import has_dynamic_side, is_tracing, needs_standard_operators
+from soft_mm.ops.recording import has_dynamic_side, is_recorded, is_tracing, needs_standard_operators
 from soft_mm.registry import MODELS, find_registered
 
 from .arch import (
@@ -93,6 +94,16 @@ class PatchEmbed(nn.Sequential):
             in_channels = width
         super().__init__(*layers)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed a map ``(B, in_channels, H, W)``."""
+        # Half precision would round the folded filters once more than the layers.
+        if x.dtype != torch.float32 or not can_fuse(x, *self):
+            return super().forward(x)
+        layers: list[Any] = list(self)
+        for conv, norm in zip(layers[::3], layers[1::3]):
+            x = fused_conv(x, conv, norm)
+        return x
+
 
 def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
     """Resize position embeddings bilinearly, in float32 or wider.
@@ -108,9 +119,23 @@ def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
     if not has_dynamic_side(grid) and tuple(pos_embed.shape[-2:]) == tuple(grid):
         return pos_embed
     wide = pos_embed.to(compute_dtype(pos_embed))
+    if not needs_standard_operators():
+        # The map to which they are added is channels-last.
+        wide = wide.contiguous(memory_format=torch.channels_last)
     resized = nn.functional.interpolate(wide, size=tuple(grid), mode='bilinear', align_corners=False)
     # Integers, as a file may hold them, would be rounded.
     return resized.to(pos_embed.dtype) if pos_embed.is_floating_point() else resized
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """Return a contiguous copy of a channels-last map, because mmcv's RoIAlign ignores the strides of a map."""
+    if torch.is_grad_enabled() or is_recorded():
+        return x.contiguous()
+    # PyTorch transposes a matrix several times faster than a batch of matrices.
+    out = x.new_empty(x.shape)
+    for image, copy in zip(x, out):
+        copy.flatten(1).copy_(image.flatten(1))
+    return out
 
 
 class SOFTStage(BaseModule):
@@ -489,8 +514,7 @@ class SOFT(BaseModule):
                 tokens = tokens[:, 1:]
             x = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
             if i in self.out_indices:
-                # mmcv's RoIAlign ignores the strides of a map and reads it as contiguous.
-                outputs.append(x.contiguous())
+                outputs.append(_channels_first(x))
         return tuple(outputs)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:

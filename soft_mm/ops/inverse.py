@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import check_choice
 from .kernel import compute_dtype, gaussian_kernel, without_autocast
-from .recording import is_tracing, needs_standard_operators
+from .recording import is_compiling, is_tracing, needs_standard_operators
 
 NEWTON_BACKWARDS = ('one_step', 'exact')
 # Below 2, so that rounding cannot lift an eigenvalue to 2.
@@ -63,13 +63,20 @@ def _iterate(kernel: Tensor, inverse: Tensor, iterations: int) -> Tensor:
     return inverse.view(shape)
 
 
+def _largest_entries(matrices: Tensor) -> Tensor:
+    return matrices.abs().amax((-2, -1))
+
+
 class _ExactNewton(torch.autograd.Function):
     """Newton iterations ``V <- 2V - V A V`` with their exact gradient, for a symmetric start that commutes with ``A``.
 
     Every ``V`` then is symmetric and commutes with ``A``, so only the symmetric part ``G`` of the gradient of a ``V``
     matters. One iteration adds ``-V G V`` to the gradient of ``A``, and the gradient of its input is
-    ``2G - G P - (G P)^T`` with ``P = V A``. These are three products instead of autograd's four. After convergence
-    ``G`` becomes exactly 0, where autograd multiplies denormal numbers, which is slow on a CPU.
+    ``2G - G P - (G P)^T`` with ``P = V A``. These are three products instead of autograd's four.
+
+    After convergence ``P = I`` up to rounding, so the last iterations reduce ``G`` to its rounding error. The others at
+    most double it, because the eigenvalues of ``P`` lie in [0, 2]. On a CPU the loop ends when the terms that remain
+    cannot exceed the rounding error of the result. They would be products of denormal numbers, which are slow.
     """
 
     @staticmethod
@@ -91,7 +98,12 @@ class _ExactNewton(torch.autograd.Function):
             grad_kernel = torch.zeros_like(grad)
             # Read once, because gradient checkpointing recomputes them for each access.
             saved = ctx.saved_tensors
-            for inverse, product in zip(saved[-2::-2], saved[::-2]):
+            # A GPU would have to wait for the comparison.
+            stops = grad.device.type == 'cpu' and grad.numel() > 0 and not is_compiling()
+            negligible = torch.finfo(grad.dtype).eps * _largest_entries(grad) if stops else grad
+            for remaining, inverse, product in zip(range(len(saved) // 2, 0, -1), saved[-2::-2], saved[::-2]):
+                if stops and (_largest_entries(grad) <= negligible * 0.5**remaining).all():
+                    break
                 grad_kernel.baddbmm_(torch.bmm(inverse, grad), inverse, alpha=-1)
                 change = torch.bmm(grad, product)
                 grad = (2 * grad).sub_(change).sub_(change.transpose(-2, -1))

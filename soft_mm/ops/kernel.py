@@ -40,6 +40,15 @@ def is_autocast_enabled(device_type: str) -> bool:
     return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
+def cpu_autocast_dtype() -> torch.dtype:
+    """Return the dtype to which autocast converts on a CPU.
+
+    Returns:
+        torch.dtype: Half precision.
+    """
+    return torch.get_autocast_dtype('cpu') if _AUTOCAST_TAKES_DEVICE else torch.get_autocast_cpu_dtype()
+
+
 def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function to run with autocast disabled. The function casts its inputs itself.
 

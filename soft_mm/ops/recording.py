@@ -11,6 +11,7 @@ _is_dynamo_compiling: Callable[[], bool] = getattr(_compiler, 'is_dynamo_compili
 CAN_EXPORT = hasattr(_compiler, 'is_exporting')
 # torch.jit does not declare it as public.
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+_count_dispatch_modes: Callable[[], int] = getattr(torch._C, '_len_torch_dispatch_stack', lambda: 0)
 _is_transformed: Callable[[], bool] = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
 
 
@@ -41,6 +42,16 @@ def needs_standard_operators() -> bool:
         return True
     # `torch.compile` cannot trace the next two.
     return not is_compiling() and (torch.onnx.is_in_onnx_export() or _is_transformed())
+
+
+def is_recorded() -> bool:
+    """Return whether anything records or counts the operators, so that the usual ones must be called.
+
+    Returns:
+        bool: True inside a compilation, an export, a trace, a transform, or a dispatch mode such as PyTorch's counter
+        of multiply-adds.
+    """
+    return is_compiling() or needs_standard_operators() or _count_dispatch_modes() > 0
 
 
 def has_dynamic_side(sides: Sequence[int]) -> bool:

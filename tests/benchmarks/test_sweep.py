@@ -79,7 +79,7 @@ def test_worker_runs_from_any_directory_and_imports_what_a_target_needs(tmp_path
 
 
 def test_ablations_are_measured():
-    target, peer = (parse_target(f'soft-tiny@{ablation}') for ablation in ('held-kernel', 'fused-batchnorm'))
+    target, peer = (parse_target(f'soft-tiny@{ablation}') for ablation in ('held-kernel', 'layers-apart'))
     (row,) = run_sweep([target], [(64, 64)], SweepOptions(repeats=2, memory=False), peer)
     assert row['status'] == 'ok' and 'ratio' in row, row
 

@@ -188,6 +188,30 @@ def test_how_far_the_one_step_backward_is_off_when_not_converged():
     assert torch.autograd.gradcheck(lambda k: ops.newton_inverse((k + k.mT) / 2, 6, backward='exact'), kernel)
 
 
+@pytest.mark.parametrize(('dtype', 'bar'), [(torch.float32, 1e-3), (torch.float64, 1e-11)])
+def test_exact_newton_gradient_of_matrices_of_any_scale(dtype, bar):
+    """The backward pass stops early on a CPU, but not before all matrices are done, however small their gradients."""
+    found = []
+    scales = torch.tensor([1.0, 1e-20], dtype=torch.float64).view(-1, 1, 1)
+    q = torch.cat([tokens(10, spread, seed=seed)[:, 0] for seed, spread in enumerate((3.0, 0.1))])
+    weight = scales * tokens(10, seed=5)[0, :1, :, :1] * tokens(10, seed=6)[0, :1, :, :1].mT
+
+    def iterate(kernel):
+        matrix = kernel + 0.01 * torch.eye(10, dtype=kernel.dtype)
+        inverse = 1.8 / kernel.sum(-1).amax(-1)[:, None, None].square() * matrix
+        for _ in range(20):
+            inverse = 2 * inverse - inverse @ matrix @ inverse
+        return inverse
+
+    for inverse, kind in ((iterate, torch.float64), (lambda k: ops.newton_inverse(k, backward='exact'), dtype)):
+        kernel = ops.gaussian_kernel(q, q).to(kind).requires_grad_()
+        (inverse(kernel) * weight.to(kind)).sum().backward()
+        found.append((kernel.grad + kernel.grad.mT).double() / 2)
+    wanted, computed = found
+    errors = (computed - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    assert (errors < bar).all(), errors
+
+
 # --- normalisation
 
 

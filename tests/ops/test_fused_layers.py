@@ -1,0 +1,184 @@
+"""Fused layers against the layers that they stand for."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.flop_counter import FlopCounterMode
+
+from soft_mm.models import blocks, soft
+from soft_mm.models.blocks import MLP
+from soft_mm.models.soft import PatchEmbed
+from soft_mm.ops import fused_layers
+
+
+def make_mlp(approximate='tanh', drop_rate=0.0):
+    torch.manual_seed(0)
+    return MLP(12, approximate, drop_rate).eval()
+
+
+def make_embed():
+    torch.manual_seed(0)
+    embed = PatchEmbed(3, 10, stem=True).eval()
+    for layer in embed:
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor in (layer.weight.data, layer.running_var):
+                tensor.uniform_(0.5, 2)
+            for tensor in (layer.bias.data, layer.running_mean):
+                tensor.normal_()
+    return embed
+
+
+def layer_by_layer(layers, x):
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Count the calls of the fused layers."""
+    calls = []
+    for module, name in ((blocks, 'fused_linear'), (soft, 'fused_conv')):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, function=function: calls.append(1) or function(*args))
+    return calls
+
+
+@pytest.mark.parametrize('approximate', ['tanh', 'none'])
+@pytest.mark.parametrize('entries', [100, 2**20])
+def test_fused_mlp_against_float64(approximate, entries, monkeypatch, fused_calls):
+    monkeypatch.setitem(blocks._CHUNK_ENTRIES, 'cpu', entries)
+    mlp, x = make_mlp(approximate), 3 * torch.randn(2, 7, 12)
+    with torch.no_grad():
+        found = mlp(x)
+    assert fused_calls and found.shape == x.shape
+    torch.testing.assert_close(found.double(), layer_by_layer(mlp.double(), x.double()), rtol=0, atol=1e-5)
+
+
+def test_fused_patch_embedding_against_float64(fused_calls):
+    embed, x = make_embed(), torch.randn(2, 3, 19, 34)
+    with torch.no_grad():
+        found = embed(x)
+    assert len(fused_calls) == 3
+    torch.testing.assert_close(found.double(), layer_by_layer(embed.double(), x.double()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('half_model', [False, True])
+def test_fused_mlp_in_bfloat16(half_model):
+    """Rounding to bfloat16 has a relative error of 2^-9 per result."""
+    mlp, x = make_mlp(), torch.randn(2, 7, 12)
+    wanted = layer_by_layer(mlp, x).detach()
+    if half_model:
+        mlp, x = mlp.bfloat16(), x.bfloat16()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=not half_model):
+        found = mlp(x)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_changed_weights_are_seen():
+    mlp, embed = make_mlp(), make_embed()
+    x, image = torch.randn(1, 5, 12), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        before = mlp(x), embed(image)
+        mlp.fc1.weight.mul_(2)
+        embed[1].running_mean.add_(1)
+        embed[3].weight.data = embed[3].weight.data * 2
+        after = mlp(x), embed(image)
+        for old, new, layers, value in zip(before, after, (mlp, embed), (x, image)):
+            assert not torch.allclose(old, new)
+            torch.testing.assert_close(new, layer_by_layer(layers, value), rtol=1e-4, atol=1e-5)
+
+
+def replace_forward(layer):
+    layer.forward = lambda x, plain=layer.forward: plain(x) + 1
+
+
+CHANGES = {
+    'hook': lambda layer: layer.register_forward_hook(lambda module, args, out: out + 1),
+    'pre-hook': lambda layer: layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+    'forward of the instance': replace_forward,
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('name', ['fc1', 'act', 'fc2', 'drop1'])
+def test_changed_layers_of_an_mlp_are_called(change, name, fused_calls):
+    mlp, x = make_mlp(), torch.randn(2, 7, 12)
+    CHANGES[change](mlp.get_submodule(name))
+    with torch.no_grad():
+        assert torch.equal(mlp(x), layer_by_layer(mlp, x))
+    assert not fused_calls
+
+
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('index', [0, 4, 8])
+def test_changed_layers_of_a_patch_embedding_are_called(change, index, fused_calls):
+    embed, x = make_embed(), torch.randn(2, 3, 19, 34)
+    CHANGES[change](embed[index])
+    with torch.no_grad():
+        assert torch.equal(embed(x), layer_by_layer(embed, x))
+    assert not fused_calls
+
+
+def test_pruned_and_parametrised_layers_are_called(fused_calls):
+    x = torch.randn(2, 7, 12)
+    for change in (lambda fc: prune.l1_unstructured(fc, 'weight', 0.5), weight_norm):
+        mlp = make_mlp()
+        change(mlp.fc1)
+        with torch.no_grad():
+            assert torch.equal(mlp(x), layer_by_layer(mlp, x))
+    assert not fused_calls
+
+
+def test_dropout_and_batch_statistics_stay_active(fused_calls):
+    mlp, embed = make_mlp(drop_rate=0.5).train(), make_embed().train()
+    before = embed[1].running_mean.clone()
+    with torch.no_grad():
+        assert (mlp(torch.randn(2, 7, 12)) == 0).any()
+        embed(torch.randn(2, 3, 19, 34))
+    assert not fused_calls and not torch.equal(embed[1].running_mean, before)
+
+
+def test_gradients_and_other_dtypes_use_the_layers(fused_calls):
+    mlp, x = make_mlp(), torch.randn(2, 7, 12)
+    mlp(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        assert mlp.double()(x.double()).dtype == torch.float64
+    assert not fused_calls
+    with torch.no_grad(), pytest.raises(RuntimeError, match='dtype'):
+        mlp(x)
+
+
+def test_multiply_adds_are_counted(fused_calls):
+    mlp, embed = make_mlp(), make_embed()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        mlp(torch.randn(2, 7, 12))
+        embed(torch.randn(1, 3, 16, 16))
+    products = 2 * 14 * 12 * 48 + 64 * 27 * embed[0].out_channels + 64 * 9 * embed[0].out_channels ** 2
+    assert counter.get_total_flops() == 2 * (products + 16 * 9 * embed[0].out_channels * 10)
+    assert not fused_calls
+
+
+def test_without_the_fused_operator(monkeypatch):
+    mlp, x = make_mlp(), torch.randn(2, 7, 12)
+    with torch.no_grad():
+        found = mlp(x)
+        monkeypatch.setattr(fused_layers, '_FUSED', None)
+        assert fused_layers.fused_dtype(x, *mlp) is None
+        torch.testing.assert_close(found, mlp(x), rtol=0, atol=1e-6)
+
+
+def test_maps_of_inference_are_contiguous_and_the_same():
+    torch.manual_seed(0)
+    model = soft.SOFT(dict(embed_dims=[8] * 4, num_heads=[2] * 4, depths=[1] * 4)).eval()
+    x = torch.randn(3, 3, 50, 66)
+    with torch.no_grad():
+        found = model(x)
+        wanted = model.double()(x.double())
+    for new, exact in zip(found, wanted):
+        assert new.is_contiguous() and exact.is_contiguous()
+        assert (new - exact).norm() < 1e-4 * exact.norm()
