@@ -7,10 +7,10 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.ops.fused_layers import fused_dtype, fused_linear
 from soft_mm.ops.recording import is_compiling, needs_standard_operators
 
 from .attention import build_attention
+from .fused_layers import fused_dtype, fused_linear
 
 # Entries of the hidden layer of an MLP per chunk. On a CPU, a chunk should fit in the cache.
 _CHUNK_ENTRIES = {'cpu': 2**20}
@@ -85,7 +85,7 @@ class MLP(nn.Sequential):
             return self.after_fc1(self.fc1(x))
         recompute = self.training and torch.is_grad_enabled()
         entries = _CHUNK_ENTRIES.get(x.device.type, _ACCELERATOR_ENTRIES)
-        fused = fused_dtype(x, *self)
+        fused = fused_dtype(x, self)
         outputs = []
         for chunk in x.flatten(0, -2).split(max(entries // (4 * x.shape[-1]), 1)):
             if fused is not None:

@@ -34,7 +34,6 @@ from soft_mm.checkpoints.matching import (
 )
 from soft_mm.checkpoints.reading import is_address, load_weights
 from soft_mm.ops.checks import check_bool, check_integer, check_rate, is_integer
-from soft_mm.ops.fused_layers import can_fuse, fused_conv
 from soft_mm.ops.kernel import compute_dtype, is_autocast_enabled
 from soft_mm.ops.recording import has_dynamic_side, is_recorded, is_tracing, needs_standard_operators
 from soft_mm.registry import MODELS, find_registered
@@ -51,6 +50,7 @@ from .arch import (
 )
 from .attention.softmax_free import normalized_options
 from .blocks import PreNormBlock, SoftmaxFreeBlock, reset_parameters
+from .fused_layers import can_fuse, fused_conv
 
 STEM_DIMS = 32
 # What to do about keywords that configs of other backbones have.
@@ -96,10 +96,11 @@ class PatchEmbed(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed a map ``(B, in_channels, H, W)``."""
-        # Half precision would round the folded filters once more than the layers.
-        if x.dtype != torch.float32 or not can_fuse(x, *self):
-            return super().forward(x)
         layers: list[Any] = list(self)
+        fuses = can_fuse(x, layers, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) * (len(layers) // 3))
+        # Half precision would round the folded filters once more than the layers.
+        if not fuses or any(tensor.dtype != torch.float32 for tensor in (x, *self.parameters())):
+            return super().forward(x)
         for conv, norm in zip(layers[::3], layers[1::3]):
             x = fused_conv(x, conv, norm)
         return x
@@ -127,11 +128,15 @@ def resize_pos_embed(pos_embed: Tensor, grid: Sequence[int]) -> Tensor:
     return resized.to(pos_embed.dtype) if pos_embed.is_floating_point() else resized
 
 
+# Number of positions from which the loop over images is the faster copy.
+_LARGE_MAP = 4096
+
+
 def _channels_first(x: Tensor) -> Tensor:
     """Return a contiguous copy of a channels-last map, because mmcv's RoIAlign ignores the strides of a map."""
-    if torch.is_grad_enabled() or is_recorded():
+    # On a CPU, PyTorch transposes a large matrix several times faster than a batch of matrices.
+    if torch.is_grad_enabled() or is_recorded() or not x.is_cpu or x.shape[-2:].numel() < _LARGE_MAP:
         return x.contiguous()
-    # PyTorch transposes a matrix several times faster than a batch of matrices.
     out = x.new_empty(x.shape)
     for image, copy in zip(x, out):
         copy.flatten(1).copy_(image.flatten(1))

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import check_choice
 from .kernel import compute_dtype, gaussian_kernel, without_autocast
-from .recording import is_compiling, is_tracing, needs_standard_operators
+from .recording import is_batch_of_gradients, is_recorded, is_tracing, needs_standard_operators
 
 NEWTON_BACKWARDS = ('one_step', 'exact')
 # Below 2, so that rounding cannot lift an eigenvalue to 2.
@@ -63,8 +63,10 @@ def _iterate(kernel: Tensor, inverse: Tensor, iterations: int) -> Tensor:
     return inverse.view(shape)
 
 
-def _largest_entries(matrices: Tensor) -> Tensor:
-    return matrices.abs().amax((-2, -1))
+def _norms(matrices: Tensor) -> Tensor:
+    """Return the Frobenius norm of each matrix, computed so that the squares of small entries do not vanish."""
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    return largest.flatten() * (matrices / largest.clamp(min=torch.finfo(matrices.dtype).tiny)).flatten(1).norm(dim=1)
 
 
 class _ExactNewton(torch.autograd.Function):
@@ -75,8 +77,9 @@ class _ExactNewton(torch.autograd.Function):
     ``2G - G P - (G P)^T`` with ``P = V A``. These are three products instead of autograd's four.
 
     After convergence ``P = I`` up to rounding, so the last iterations reduce ``G`` to its rounding error. The others at
-    most double it, because the eigenvalues of ``P`` lie in [0, 2]. On a CPU the loop ends when the terms that remain
-    cannot exceed the rounding error of the result. They would be products of denormal numbers, which are slow.
+    most double its Frobenius norm, because the eigenvalues of ``P`` lie in [0, 2]. On a CPU the loop ends when the
+    terms that remain are of the order of the rounding error. Many would be products of denormal numbers, which are
+    slow.
     """
 
     @staticmethod
@@ -99,10 +102,12 @@ class _ExactNewton(torch.autograd.Function):
             # Read once, because gradient checkpointing recomputes them for each access.
             saved = ctx.saved_tensors
             # A GPU would have to wait for the comparison.
-            stops = grad.device.type == 'cpu' and grad.numel() > 0 and not is_compiling()
-            negligible = torch.finfo(grad.dtype).eps * _largest_entries(grad) if stops else grad
+            stops = grad.is_cpu and grad.numel() > 0 and not (is_recorded() or is_batch_of_gradients(grad))
+            negligible: Any = torch.finfo(grad.dtype).eps * _norms(grad) if stops else None
+            # Infinite gradients pass through all iterations.
+            stops = stops and bool(negligible.isfinite().all())
             for remaining, inverse, product in zip(range(len(saved) // 2, 0, -1), saved[-2::-2], saved[::-2]):
-                if stops and (_largest_entries(grad) <= negligible * 0.5**remaining).all():
+                if stops and (_norms(grad) <= negligible * 0.5**remaining).all():
                     break
                 grad_kernel.baddbmm_(torch.bmm(inverse, grad), inverse, alpha=-1)
                 change = torch.bmm(grad, product)

@@ -15,6 +15,12 @@ _count_dispatch_modes: Callable[[], int] = getattr(torch._C, '_len_torch_dispatc
 _is_transformed: Callable[[], bool] = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
 
 
+#: Whether a tensor stands for a batch of gradients, as in ``torch.autograd.grad(..., is_grads_batched=True)``.
+is_batch_of_gradients: Callable[[torch.Tensor], bool] = getattr(
+    getattr(torch._C, '_functorch', None), 'is_legacy_batchedtensor', lambda tensor: False
+)
+
+
 def is_exporting() -> bool:
     """Return whether ``torch.export`` records the computation, strictly or not.
 
@@ -45,13 +51,15 @@ def needs_standard_operators() -> bool:
 
 
 def is_recorded() -> bool:
-    """Return whether anything records or counts the operators, so that the usual ones must be called.
+    """Return whether the operators are recorded, counted or transformed, so that standard operators must be used.
 
     Returns:
-        bool: True inside a compilation, an export, a trace, a transform, or a dispatch mode such as PyTorch's counter
-        of multiply-adds.
+        bool: True inside a compilation, an export, a trace, a transform, forward-mode differentiation, or a dispatch
+        mode such as PyTorch's counter of multiply-adds.
     """
-    return is_compiling() or needs_standard_operators() or _count_dispatch_modes() > 0
+    if is_compiling() or needs_standard_operators():
+        return True
+    return _count_dispatch_modes() > 0 or getattr(torch.autograd.forward_ad, '_current_level', -1) >= 0
 
 
 def has_dynamic_side(sides: Sequence[int]) -> bool:

@@ -13,8 +13,8 @@ from benchmarks.ablations import (
     ablate_attention,
 )
 from benchmarks.targets import build_operator, build_step, parse_target
-from soft_mm.models import SOFT
-from soft_mm.ops import blockwise, fused_layers
+from soft_mm.models import SOFT, fused_layers
+from soft_mm.ops import blockwise
 
 CONFIGS = (
     dict(solver='cholesky', max_landmarks=4),

@@ -212,6 +212,18 @@ def test_exact_newton_gradient_of_matrices_of_any_scale(dtype, bar):
     assert (errors < bar).all(), errors
 
 
+def test_exact_newton_gradient_in_batches_of_gradients_and_with_infinite_ones():
+    q = tokens(4, spread=3.0)[0]
+    kernel = ops.gaussian_kernel(q, q).requires_grad_()
+    inverse = ops.newton_inverse(kernel, 8, backward='exact')
+    grads = torch.randn(3, *inverse.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (batched,) = torch.autograd.grad(inverse, kernel, grads, is_grads_batched=True, retain_graph=True)
+    for grad, found in zip(grads, batched):
+        torch.testing.assert_close(found, torch.autograd.grad(inverse, kernel, grad, retain_graph=True)[0])
+    infinite = torch.autograd.grad(inverse, kernel, torch.full_like(inverse, float('inf')))[0]
+    assert not infinite.isfinite().any()
+
+
 # --- normalisation
 
 

@@ -7,10 +7,9 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from soft_mm.models import blocks, soft
+from soft_mm.models import blocks, fused_layers, soft
 from soft_mm.models.blocks import MLP
 from soft_mm.models.soft import PatchEmbed
-from soft_mm.ops import fused_layers
 
 
 def make_mlp(approximate='tanh', drop_rate=0.0):
@@ -133,6 +132,74 @@ def test_pruned_and_parametrised_layers_are_called(fused_calls):
     assert not fused_calls
 
 
+@pytest.mark.parametrize(
+    ('name', 'layer'),
+    [('act', nn.ReLU()), ('drop1', nn.ReLU()), ('fc1', nn.Identity()), ('drop2', nn.Sequential(nn.Dropout()))],
+)
+def test_replaced_layers_of_an_mlp_are_called(name, layer, fused_calls):
+    mlp, x = make_mlp(), torch.randn(2, 7, 48 if name == 'fc1' else 12)
+    setattr(mlp, name, layer.eval())
+    with torch.no_grad():
+        assert torch.equal(mlp.after_fc1(mlp.fc1(x)), layer_by_layer(mlp, x))
+        if name != 'fc1':
+            assert torch.equal(mlp(x), layer_by_layer(mlp, x))
+    assert not fused_calls
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda embed: embed.__setitem__(2, nn.GELU()),
+        lambda embed: embed.__setitem__(0, nn.Conv2d(3, 32, 3, 2, padding=1, padding_mode='reflect')),
+        lambda embed: embed.append(nn.Sigmoid()),
+        lambda embed: embed.insert(0, nn.ReLU()),
+        lambda embed: embed.__setitem__(1, nn.BatchNorm2d(32, track_running_stats=False)),
+    ],
+    ids=['activation', 'padding', 'appended', 'inserted', 'no statistics'],
+)
+def test_replaced_layers_of_a_patch_embedding_are_called(change, fused_calls):
+    embed, x = make_embed(), torch.randn(2, 3, 19, 34)
+    change(embed)
+    with torch.no_grad():
+        assert torch.equal(embed(x), layer_by_layer(embed, x))
+    assert not fused_calls
+
+
+def test_global_hooks_are_called(fused_calls):
+    mlp, x = make_mlp(), torch.randn(2, 7, 12)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out + 1 if isinstance(module, nn.Linear) else None
+    )
+    try:
+        with torch.no_grad():
+            assert torch.equal(mlp(x), layer_by_layer(mlp, x))
+    finally:
+        handle.remove()
+    assert not fused_calls
+
+
+def test_tangents_pass(fused_calls):
+    mlp, x, tangent = make_mlp(), torch.randn(2, 7, 12), torch.randn(2, 7, 12)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        out = mlp(torch.autograd.forward_ad.make_dual(x, tangent))
+        found = torch.autograd.forward_ad.unpack_dual(out).tangent
+    wanted = torch.func.jvp(lambda value: layer_by_layer(mlp, value), (x,), (tangent,))[1]
+    torch.testing.assert_close(found, wanted)
+    assert not fused_calls
+
+
+def test_a_user_can_switch_onednn_off(fused_calls):
+    mlp, x = make_mlp(), torch.randn(2, 7, 12)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(mlp(x), layer_by_layer(mlp, x))
+    assert not fused_calls
+
+
+def test_wrong_channels_are_refused_as_by_the_layers():
+    with torch.no_grad(), pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
+        make_mlp()(torch.randn(2, 7, 11))
+
+
 def test_dropout_and_batch_statistics_stay_active(fused_calls):
     mlp, embed = make_mlp(drop_rate=0.5).train(), make_embed().train()
     before = embed[1].running_mean.clone()
@@ -168,14 +235,16 @@ def test_without_the_fused_operator(monkeypatch):
     with torch.no_grad():
         found = mlp(x)
         monkeypatch.setattr(fused_layers, '_FUSED', None)
-        assert fused_layers.fused_dtype(x, *mlp) is None
+        assert fused_layers.fused_dtype(x, mlp) is None
         torch.testing.assert_close(found, mlp(x), rtol=0, atol=1e-6)
 
 
 def test_maps_of_inference_are_contiguous_and_the_same():
     torch.manual_seed(0)
     model = soft.SOFT(dict(embed_dims=[8] * 4, num_heads=[2] * 4, depths=[1] * 4)).eval()
-    x = torch.randn(3, 3, 50, 66)
+    # The map of stage 1 is large enough for the copy image by image.
+    x = torch.randn(3, 3, 250, 278)
+    assert 63 * 70 >= soft._LARGE_MAP
     with torch.no_grad():
         found = model(x)
         wanted = model.double()(x.double())
