@@ -7,10 +7,11 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from soft_mm.ops.mlp import chunked_mlp
 from soft_mm.ops.recording import is_compiling, needs_standard_operators
 
 from .attention import build_attention
-from .fused_layers import fused_dtype, fused_linear
+from .fused_layers import fused_dtype
 
 # Entries of the hidden layer of an MLP per chunk. On a CPU, a chunk should fit in the cache.
 _CHUNK_ENTRIES = {'cpu': 2**20}
@@ -61,8 +62,9 @@ class DropPath(nn.Module):
 class MLP(nn.Sequential):
     """Two linear layers with a GELU between them, and ``4 C`` hidden channels.
 
-    Processes tokens in chunks, so the 4C-wide hidden layer is never held whole. In training, the output of the GELU is
-    not saved, but recomputed in the backward pass.
+    Processes tokens in chunks, so the 4C-wide hidden layer is not held whole in inference. In training on a CPU, it is
+    computed again in the backward pass, see :func:`soft_mm.ops.chunked_mlp`. On other devices, in half precision, with
+    dropout, and with changed layers, only the output of the GELU is computed again.
 
     Args:
         embed_dims (int): Channels ``C``.
@@ -83,14 +85,15 @@ class MLP(nn.Sequential):
         # An export would unroll the loop, and torch.compile plans its memory itself.
         if is_compiling() or needs_standard_operators():
             return self.after_fc1(self.fc1(x))
+        tokens, fused = x.flatten(0, -2), fused_dtype(x, self)
+        if fused is not None:
+            weight1, bias1 = self.fc1.weight.to(fused), self.fc1.bias.to(fused)
+            weight2, bias2 = self.fc2.weight.to(fused), self.fc2.bias.to(fused)
+            return chunked_mlp(tokens.to(fused), weight1, bias1, weight2, bias2, self.act.approximate).view(x.shape)
         recompute = self.training and torch.is_grad_enabled()
         entries = _CHUNK_ENTRIES.get(x.device.type, _ACCELERATOR_ENTRIES)
-        fused = fused_dtype(x, self)
         outputs = []
-        for chunk in x.flatten(0, -2).split(max(entries // (4 * x.shape[-1]), 1)):
-            if fused is not None:
-                outputs.append(fused_linear(fused_linear(chunk.to(fused), self.fc1, self.act), self.fc2))
-                continue
+        for chunk in tokens.split(max(entries // (4 * x.shape[-1]), 1)):
             hidden = self.fc1(chunk)
             if recompute:
                 # The random state matters to dropout only, and saving it would prevent the capture of a CUDA graph.

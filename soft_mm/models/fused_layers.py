@@ -1,4 +1,4 @@
-"""Layers in one pass, for inference on a CPU: linear with GELU, and convolution with BatchNorm and ReLU."""
+"""Which layers may be computed together on a CPU: linear with GELU, and convolution with BatchNorm and ReLU."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,12 +9,11 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from soft_mm.ops.kernel import cpu_autocast_dtype, is_autocast_enabled
+from soft_mm.ops.mlp import has_fused_linear
 from soft_mm.ops.recording import is_recorded
 
-# oneDNN's product with the activation on each block of the result, which `torch.compile` uses for frozen weights.
-# PyTorch's own GELU with tanh is several times slower than its GELU with erf.
-_FUSED: Any = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
-_supports_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
+# Attributes of a layer, and of `torch.nn.modules.module` with the prefix `_global`, that hold hooks.
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 def can_fuse(x: Tensor, layers: Iterable[nn.Module], kinds: Sequence[type]) -> bool:
@@ -26,12 +25,12 @@ def can_fuse(x: Tensor, layers: Iterable[nn.Module], kinds: Sequence[type]) -> b
         kinds (Sequence[type]): Classes that the layers must have, in this order.
 
     Returns:
-        bool: True in eager inference on a CPU. False if a layer was quantised, pruned, adapted, hooked, replaced or
-        wrapped, if dropout or BatchNorm is in training mode, or if something records the computation.
+        bool: True in eager mode on a CPU. False if a layer was quantised, pruned, adapted, hooked, replaced or
+        wrapped, if dropout is active, if BatchNorm is in training mode, or if something records the computation.
     """
-    if torch.is_grad_enabled() or is_recorded() or type(x) not in (Tensor, nn.Parameter):
+    if is_recorded() or type(x) not in (Tensor, nn.Parameter):
         return False
-    if getattr(torch_module, '_global_forward_hooks', None) or getattr(torch_module, '_global_forward_pre_hooks', None):
+    if any(getattr(torch_module, f'_global{hooks}', None) for hooks in _HOOKS):
         return False
     layers = list(layers)
     same = [type(layer) for layer in layers] == list(kinds)
@@ -40,11 +39,11 @@ def can_fuse(x: Tensor, layers: Iterable[nn.Module], kinds: Sequence[type]) -> b
 
 def _is_plain(layer: Any) -> bool:
     # Libraries replace the class, the method `forward` of the instance, or the tensor of the weight.
-    if 'forward' in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+    if 'forward' in vars(layer) or any(getattr(layer, hooks, None) for hooks in _HOOKS):
         return False
-    if isinstance(layer, (nn.Dropout, nn.BatchNorm2d)) and layer.training:
+    if isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
         return False
-    if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None:
+    if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_mean is None):
         return False
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != 'zeros':
         return False
@@ -57,50 +56,34 @@ def _is_plain(layer: Any) -> bool:
 
 
 def fused_dtype(x: Tensor, mlp: nn.Sequential) -> torch.dtype | None:
-    """Return the dtype in which :func:`fused_linear` can compute an MLP.
+    """Return the dtype in which :func:`soft_mm.ops.chunked_mlp` can compute an MLP.
 
     Args:
         x (Tensor): Input of the MLP.
         mlp (nn.Sequential): Linear layer, GELU, dropout, linear layer, dropout.
 
     Returns:
-        torch.dtype | None: The dtype in which PyTorch would compute the layers: float32, or bfloat16 if the processor
-        supports it. None: call the layers.
+        torch.dtype | None: The dtype in which PyTorch would compute the layers: float32, or without gradients bfloat16
+        if the processor supports it. None: call the layers.
     """
-    if _FUSED is None or not getattr(torch.backends.mkldnn, 'enabled', True):
-        return None
     if not can_fuse(x, mlp, (nn.Linear, nn.GELU, nn.Dropout, nn.Linear, nn.Dropout)):
         return None
     autocast = is_autocast_enabled('cpu')
     dtype = cpu_autocast_dtype() if autocast else x.dtype
-    if dtype != torch.float32 and not (dtype == torch.bfloat16 and _supports_bfloat16()):
+    if not has_fused_linear(dtype) or (torch.is_grad_enabled() and dtype != torch.float32):
         return None
-    dtypes = {x.dtype, *(parameter.dtype for parameter in mlp.parameters())}
-    fits = dtypes <= {dtype, torch.float32 if autocast else dtype}
-    return dtype if fits and x.shape[-1] == mlp[0].in_features else None
-
-
-def fused_linear(x: Tensor, layer: nn.Linear, activation: nn.GELU | None = None) -> Tensor:
-    """Compute ``activation(layer(x))`` in one pass.
-
-    Args:
-        x (Tensor): ``(..., C_in)`` in the dtype of :func:`fused_dtype`.
-        layer (nn.Linear): Linear layer. Its parameters are converted to the dtype of ``x``.
-        activation (nn.GELU | None): Activation. Defaults to None: none.
-
-    Returns:
-        Tensor: ``(..., C_out)`` in the dtype of ``x``.
-    """
-    kind, form = ('none', '') if activation is None else ('gelu', activation.approximate)
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return _FUSED(x, layer.weight.to(x.dtype), bias, kind, [], form)
+    parameters = [getattr(mlp[index], name) for index in (0, 3) for name in ('weight', 'bias')]
+    if any(parameter is None for parameter in parameters) or x.shape[-1] != mlp[0].in_features:
+        return None
+    fits = {x.dtype, *(parameter.dtype for parameter in parameters)} <= {dtype, torch.float32 if autocast else dtype}
+    return dtype if fits else None
 
 
 def fused_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """Compute ``relu(norm(conv(x)))`` with the BatchNorm folded into the filters.
 
     Args:
-        x (Tensor): Map ``(B, C_in, H, W)``, for which :func:`can_fuse` is True.
+        x (Tensor): Map ``(B, C_in, H, W)``, for which :func:`can_fuse` is True, without gradients.
         conv (nn.Conv2d): Convolution padded with zeros.
         norm (nn.BatchNorm2d): BatchNorm in evaluation mode.
 

@@ -97,7 +97,8 @@ class PatchEmbed(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Embed a map ``(B, in_channels, H, W)``."""
         layers: list[Any] = list(self)
-        fuses = can_fuse(x, layers, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) * (len(layers) // 3))
+        kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) * (len(layers) // 3)
+        fuses = not torch.is_grad_enabled() and can_fuse(x, layers, kinds)
         # Half precision would round the folded filters once more than the layers.
         if not fuses or any(tensor.dtype != torch.float32 for tensor in (x, *self.parameters())):
             return super().forward(x)

@@ -30,10 +30,12 @@ from .landmarks import (
     project_patches,
     random_landmarks,
 )
+from .mlp import chunked_mlp
 
 __all__ = [
     'activate_landmarks',
     'blockwise_attention',
+    'chunked_mlp',
     'conv_landmarks',
     'gaussian_attention',
     'gaussian_kernel',

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from soft_mm.models import blocks, fused_layers, soft
 from soft_mm.models.blocks import MLP
 from soft_mm.models.soft import PatchEmbed
+from soft_mm.ops import mlp as mlp_ops
 
 
 def make_mlp(approximate='tanh', drop_rate=0.0):
@@ -39,16 +40,16 @@ def layer_by_layer(layers, x):
 def fused_calls(monkeypatch):
     """Count the calls of the fused layers."""
     calls = []
-    for module, name in ((blocks, 'fused_linear'), (soft, 'fused_conv')):
+    for module, name in ((blocks, 'chunked_mlp'), (soft, 'fused_conv')):
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, function=function: calls.append(1) or function(*args))
+        monkeypatch.setattr(module, name, lambda *a, function=function, **k: calls.append(1) or function(*a, **k))
     return calls
 
 
 @pytest.mark.parametrize('approximate', ['tanh', 'none'])
 @pytest.mark.parametrize('entries', [100, 2**20])
 def test_fused_mlp_against_float64(approximate, entries, monkeypatch, fused_calls):
-    monkeypatch.setitem(blocks._CHUNK_ENTRIES, 'cpu', entries)
+    monkeypatch.setattr(mlp_ops, '_FORWARD_ENTRIES', entries)
     mlp, x = make_mlp(approximate), 3 * torch.randn(2, 7, 12)
     with torch.no_grad():
         found = mlp(x)
@@ -209,10 +210,106 @@ def test_dropout_and_batch_statistics_stay_active(fused_calls):
     assert not fused_calls and not torch.equal(embed[1].running_mean, before)
 
 
-def test_gradients_and_other_dtypes_use_the_layers(fused_calls):
+def gradients(out, inputs):
+    return torch.autograd.grad((out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum(), inputs)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('approximate', ['tanh', 'none'])
+@pytest.mark.parametrize(('entries', 'tokens'), [(100, 3), (2**20, 256)])
+def test_gradients_of_a_fused_mlp_against_float64(approximate, training, entries, tokens, monkeypatch, fused_calls):
+    monkeypatch.setattr(mlp_ops, '_FORWARD_ENTRIES', entries)
+    monkeypatch.setattr(mlp_ops, '_BACKWARD_TOKENS', tokens)
+    mlp, x = make_mlp(approximate).train(training), (3 * torch.randn(2, 7, 12)).requires_grad_()
+    found = gradients(mlp(x), [x, *mlp.parameters()])
+    assert fused_calls
+    wide = x.detach().double().requires_grad_()
+    wanted = gradients(layer_by_layer(mlp.double(), wide), [wide, *mlp.parameters()])
+    for one, exact in zip(found, wanted):
+        assert (one - exact).abs().max() < 2e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize('approximate', ['tanh', 'none'])
+def test_gelu_of_large_and_small_inputs(approximate):
+    """The tails of the GELU and of its derivative, where the GELU with tanh is computed by a sigmoid."""
+    x = torch.tensor([-1e4, -50, -9, -6, -5.5, -3, -0.75, -1e-3, -1e-30, 0, 1e-30, 1e-3, 0.5, 3, 5.5, 9, 50, 1e4])
+    out, gradient = mlp_ops._gelu_and_gradient(x, torch.ones_like(x), approximate)
+    wide = x.double().requires_grad_()
+    exact = nn.functional.gelu(wide, approximate=approximate)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), wide)
+    torch.testing.assert_close(out.double(), exact.detach(), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=0, atol=5e-6)
+
+
+def test_frozen_parts_of_a_fused_mlp_get_no_gradient(fused_calls):
+    x = torch.randn(2, 7, 12)
+    for learned in ('fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias', 'x'):
+        mlp, value = make_mlp(), x.clone().requires_grad_(learned == 'x')
+        parameters = dict(mlp.named_parameters(), x=value)
+        wanted = gradients(layer_by_layer(mlp, value), [parameters[learned]])
+        for name, tensor in parameters.items():
+            tensor.requires_grad_(name == learned)
+        out = mlp(value)
+        (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+        assert [name for name, tensor in parameters.items() if tensor.grad is not None] == [learned]
+        torch.testing.assert_close(parameters[learned].grad, *wanted)
+    assert len(fused_calls) == 5
+
+
+def test_a_fused_mlp_saves_only_its_tokens(fused_calls):
+    mlp, x, saved = make_mlp().train(), torch.randn(2, 7, 12, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        mlp(x)
+    assert fused_calls
+    parameters = {tensor.data_ptr() for tensor in mlp.parameters()}
+    assert [tensor.numel() for tensor in saved if tensor.data_ptr() not in parameters] == [x.numel()]
+
+
+def test_a_backward_pass_inside_autocast_stays_in_float32():
+    mlp, x = make_mlp(), torch.randn(2, 7, 12, requires_grad=True)
+    wanted = gradients(mlp(x), [x, *mlp.parameters()])
+    out = mlp(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = gradients(out, [x, *mlp.parameters()])
+    for one, other in zip(found, wanted):
+        assert torch.equal(one, other)
+
+
+def test_second_derivatives_of_a_fused_mlp_are_refused():
+    mlp, x = make_mlp(), torch.randn(2, 7, 12, requires_grad=True)
+    (grad,) = torch.autograd.grad(mlp(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('kind', ['hook', 'pre-hook'])
+def test_backward_hooks_are_called(kind, fused_calls):
+    mlp, x, calls = make_mlp(), torch.randn(2, 7, 12, requires_grad=True), []
+    if kind == 'hook':
+        mlp.fc1.register_full_backward_hook(lambda *args: calls.append(1))
+    else:
+        mlp.fc1.register_full_backward_pre_hook(lambda *args: calls.append(1))
+    mlp(x).sum().backward()
+    assert calls and not fused_calls
+
+
+def test_half_precision_trains_by_the_layers(fused_calls):
+    mlp, x = make_mlp().train(), torch.randn(2, 7, 12, requires_grad=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        mlp(x).sum().backward()
+    assert mlp.fc1.weight.grad is not None and not fused_calls
+
+
+def test_layers_without_a_bias_are_called(fused_calls):
     mlp, x = make_mlp(), torch.randn(2, 7, 12)
-    mlp(x.requires_grad_()).sum().backward()
-    assert x.grad is not None
+    mlp.fc1 = nn.Linear(12, 48, bias=False)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), layer_by_layer(mlp, x))
+    assert not fused_calls
+
+
+def test_other_dtypes_use_the_layers(fused_calls):
+    mlp, x = make_mlp(), torch.randn(2, 7, 12)
     with torch.no_grad():
         assert mlp.double()(x.double()).dtype == torch.float64
     assert not fused_calls
@@ -234,7 +331,7 @@ def test_without_the_fused_operator(monkeypatch):
     mlp, x = make_mlp(), torch.randn(2, 7, 12)
     with torch.no_grad():
         found = mlp(x)
-        monkeypatch.setattr(fused_layers, '_FUSED', None)
+        monkeypatch.setattr(mlp_ops, '_FUSED', None)
         assert fused_layers.fused_dtype(x, mlp) is None
         torch.testing.assert_close(found, mlp(x), rtol=0, atol=1e-6)
 

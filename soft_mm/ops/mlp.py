@@ -1,0 +1,113 @@
+"""Linear layer, GELU and linear layer in chunks of tokens on a CPU, forward and backward."""
+
+import math
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# oneDNN's product with the activation on each block of the result, which `torch.compile` uses for frozen weights.
+# PyTorch's own GELU with tanh is several times slower than its GELU with erf. Only x86 was measured.
+_ON_X86 = torch.backends.mkldnn.is_available() and platform.machine().lower() in ('x86_64', 'amd64')
+_FUSED: Any = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if _ON_X86 else None
+_supports_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
+
+# Entries of the hidden layer per chunk of the forward pass, and tokens per chunk of the backward pass. The backward
+# pass holds five chunks at a time, which should fit in the cache.
+_FORWARD_ENTRIES = 2**20
+_BACKWARD_TOKENS = 256
+
+# The GELU with tanh is x * sigmoid(x * (_SLOPE + _CUBIC * x^2)).
+_SLOPE = math.sqrt(8 / math.pi)
+_CUBIC = 0.044715 * _SLOPE
+
+
+def has_fused_linear(dtype: torch.dtype) -> bool:
+    """Return whether this PyTorch can compute a linear layer with its GELU in one pass on this processor.
+
+    Args:
+        dtype (torch.dtype): Dtype of the tokens and of the weights.
+
+    Returns:
+        bool: True for float32, and for bfloat16 if the processor supports it.
+    """
+    if _FUSED is None or not getattr(torch.backends.mkldnn, 'enabled', True):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(_supports_bfloat16()))
+
+
+def _gelu_and_gradient(hidden: Tensor, grad: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """Return the GELU of ``hidden``, and the gradient of ``hidden`` from that of the GELU, which may be overwritten."""
+    if approximate == 'none':
+        return torch.nn.functional.gelu(hidden), torch.ops.aten.gelu_backward(grad, hidden)
+    slope = hidden.new_tensor(_SLOPE)
+    gate = torch.addcmul(slope, hidden, hidden, value=_CUBIC).mul_(hidden).sigmoid_()
+    out = hidden * gate
+    # d(x s(y))/dx = s(y) + x s(y) (1 - s(y)) dy/dx, with y = x * (_SLOPE + _CUBIC * x^2).
+    derivative = torch.addcmul(slope, hidden, hidden, value=3 * _CUBIC)
+    derivative.mul_(torch.addcmul(out, out, gate, value=-1)).add_(gate)
+    return out, derivative.mul_(grad)
+
+
+class _ChunkedMLP(torch.autograd.Function):
+    """Two linear layers with a GELU between them. The backward pass recomputes the hidden layer from the tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight1, bias1, weight2)
+        ctx.approximate = approximate
+        outputs = []
+        for chunk in x.split(max(_FORWARD_ENTRIES // len(weight1), 1)):
+            hidden = _FUSED(chunk, weight1, bias1, 'gelu', [], approximate)
+            outputs.append(_FUSED(hidden, weight2, bias2, 'none', [], ''))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, bias1, weight2 = ctx.saved_tensors
+        for_x, for_weight1, for_bias1, for_weight2, for_bias2, _ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x) if for_x else None
+        grad_weight1 = torch.zeros_like(weight1) if for_weight1 else None
+        grad_bias1 = torch.zeros_like(bias1) if for_bias1 else None
+        grad_weight2 = torch.zeros_like(weight2) if for_weight2 else None
+        with torch.autocast(grad.device.type, enabled=False):
+            for start in range(0, len(x), _BACKWARD_TOKENS):
+                chunk = slice(start, start + _BACKWARD_TOKENS)
+                hidden = torch.addmm(bias1, x[chunk], weight1.t())
+                activated, grad_hidden = _gelu_and_gradient(hidden, grad[chunk] @ weight2, ctx.approximate)
+                if grad_weight2 is not None:
+                    grad_weight2.addmm_(grad[chunk].t(), activated)
+                if grad_weight1 is not None:
+                    grad_weight1.addmm_(grad_hidden.t(), x[chunk])
+                if grad_bias1 is not None:
+                    grad_bias1 += grad_hidden.sum(0)
+                if grad_x is not None:
+                    torch.mm(grad_hidden, weight1, out=grad_x[chunk])
+        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0) if for_bias2 else None, None
+
+
+def chunked_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str = 'none'
+) -> Tensor:
+    """Compute ``W2 gelu(W1 x + b1) + b2`` for each token, without holding the whole hidden layer.
+
+    Neither direction holds more than a chunk of the hidden layer, and only the tokens are saved for the backward pass,
+    which computes the hidden layer again. Use it where :func:`has_fused_linear` is True.
+
+    Args:
+        x (Tensor): Tokens ``(n, C)`` in the dtype of the weights.
+        weight1 (Tensor): ``(H, C)``.
+        bias1 (Tensor): ``(H,)``.
+        weight2 (Tensor): ``(C', H)``.
+        bias2 (Tensor): ``(C',)``.
+        approximate (str): Form of the GELU, see ``torch.nn.GELU``. Defaults to ``'none'``.
+
+    Returns:
+        Tensor: ``(n, C')``. Second derivatives are not supported.
+    """
+    return _ChunkedMLP.apply(x, weight1, bias1, weight2, bias2, approximate)
