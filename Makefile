@@ -1,7 +1,7 @@
 # All targets need Python 3.10 to 3.12 and a C++ compiler. Everything else is installed into .venv/.
 .DEFAULT_GOAL := help
 .PHONY: help python env demo requirements demo demo-scratch experiments landmarks test \
-	test-long test-gpu test-openmmlab lint audit docs clean-env
+	test-long test-gpu test-openmmlab mutants lint audit docs clean-env
 
 # The interpreter of an existing .venv/ is tried first, so that a newer python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -97,6 +97,11 @@ test-openmmlab: python ## run the tests with OpenMMLab's own packages, in .venv-
 		--no-python-downloads --python .venv-openmmlab $(call with_cuda,mmcv) \
 		--config-settings-package mmcv:torch=$(filter torch==%,$(BUILD_OF_OPENMMLAB)) requirements/openmmlab.txt
 	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python $(PYTEST)
+
+# cosmic-ray has an environment of its own, in uv's cache. Each part takes 40 minutes on one core.
+mutants: env ## mutation testing of soft_mm/ops and soft_mm/checkpoints
+	for part in ops checkpoints; do .venv/bin/uv run -q --no-project --no-python-downloads --python .venv/bin/python \
+		--with cosmic-ray==8.7.0 python .dev_scripts/mutants.py $$part || exit; done
 
 lint: env ## run ruff, mypy and the checks of the workflow and the form
 	.venv/bin/python -m ruff check .

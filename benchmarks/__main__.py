@@ -38,7 +38,7 @@ works on the grid of stage 1, whose sides are a quarter of the image's.
 The exit code is 1 if no measurement succeeded."""
 
 
-def _size(text):
+def parse_size(text):
     match = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
     height, width = (int(side) for side in (match[1], match[2] or match[1])) if match else (0, 0)
     if height < 1 or width < 1:
@@ -76,7 +76,7 @@ def build_parser():
     )
     parser.add_argument('targets', nargs='+', metavar='TARGET', help='target to measure')
     parser.add_argument(
-        '--sizes', type=_size, nargs='+', required=True, metavar='HxW', help='sizes in pixels; for a sequence 1xN'
+        '--sizes', type=parse_size, nargs='+', required=True, metavar='HxW', help='sizes in pixels; for a sequence 1xN'
     )
     parser.add_argument('--peer', metavar='TARGET', help='compare each target with this one, both measured alternately')
     parser.add_argument('--train', action='store_true', help='run forward and backward (default: forward)')

@@ -143,7 +143,7 @@ def compute_mlps_at_once(model):
 
 
 def call_layers_apart(model):
-    """Add hooks without effect to the layers of MLPs and patch embeddings, so that inference calls each layer."""
+    """Add hooks without effect to the layers of MLPs and patch embeddings, so that each layer is called."""
     for part in model.modules():
         if isinstance(part, (MLP, PatchEmbed)):
             for layer in part:
@@ -172,8 +172,6 @@ REPLACEMENTS = {
 ABLATIONS = (*ATTENTIONS, *REPLACEMENTS)
 #: Ablations that also apply to an attention operator, which has no projections and no local branch.
 OPERATOR_ABLATIONS = ('composed-autograd', 'held-kernel')
-#: Ablations that work in evaluation mode only.
-EVALUATION_ONLY = ('layers-apart',)
 
 
 def ablate_attention(config, ablation):

@@ -21,7 +21,7 @@ from soft_mm.onnx_model import attention_nodes
 from soft_mm.utils import read_config
 
 from .targets import Target, build_backbone
-from .worker import MMAP_THRESHOLD, measure_times, reset_peak, status_bytes
+from .worker import MMAP_THRESHOLD, REUSE_FREED, measure_times, reset_peak, status_bytes
 
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32).reshape(3, 1, 1)
 _STD = np.array([58.395, 57.12, 57.375], np.float32).reshape(3, 1, 1)
@@ -212,6 +212,8 @@ def measure(request):
         peak = max(status_bytes('VmHWM') - before, 0)
         reference, _ = eager(model, x, calibration, folder)
         difference = largest_difference(found, reference(x))
+        for setting in REUSE_FREED:
+            ctypes.CDLL(None).mallopt(*setting)
         steps = [functools.partial(function, x) for function in (run, reference)]
         times = measure_times(steps, request['repeats'], request['seconds'], torch.device('cpu'))
         metric = evaluate(request, run, folder) if request.get('metric') else None

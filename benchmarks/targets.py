@@ -17,7 +17,7 @@ from soft_mm.models.attention import build_attention
 from soft_mm.registry import MODELS as SOFT_MODELS
 from soft_mm.utils import read_config, toolbox_scope
 
-from .ablations import ABLATIONS, EVALUATION_ONLY, OPERATOR_ABLATIONS, REPLACEMENTS, ablate_attention
+from .ablations import ABLATIONS, OPERATOR_ABLATIONS, REPLACEMENTS, ablate_attention
 
 # An operator alone is measured with the ratio and the filter size of stage 1.
 _STAGE_1 = dict(ratio=8, conv_size=9)
@@ -245,8 +245,7 @@ def build_step(target, size, batch_size, train, device, heads=2, head_dims=32):
         Callable[[], None]: Function that runs one step.
 
     Raises:
-        ValueError: If the backbone is not registered, if its ablation does not work in training, or if the size of a
-            sequence does not have the form ``(1, n)``.
+        ValueError: If the backbone is not registered, or if the size of a sequence does not have the form ``(1, n)``.
     """
     if target.is_sequence and size[0] != 1:
         raise ValueError(f'{target.name!r} encodes sequences: size {size[0]}x{size[1]}: expected 1xN with N tokens')
@@ -300,10 +299,8 @@ def build_backbone(target, size, batch_size, train, device):
         tuple[nn.Module, list[Tensor], tuple[Parameter, ...]]: The model, its inputs, and its parameters.
 
     Raises:
-        ValueError: If the backbone is not registered, or if its ablation does not work in training.
+        ValueError: If the backbone is not registered.
     """
-    if train and target.replacement in EVALUATION_ONLY:
-        raise ValueError(f'{target.name!r}: {target.replacement} is for evaluation only; leave out --train')
     for module in target.imports:
         importlib.import_module(module)
     scope, _, kind = target.config['type'].rpartition('.')

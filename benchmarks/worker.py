@@ -22,6 +22,8 @@ from .targets import Target, build_step
 _WARM_SIZE = (64, 64)
 # mallopt(3): allocations above this threshold return to the system when they are freed.
 MMAP_THRESHOLD = -3, 2**20
+# mallopt(3): the values up to which glibc raises its thresholds itself, so that freed blocks are used again.
+REUSE_FREED = (-3, 2**25), (-1, 2**26)
 # Default limit of a measurement, as a fraction of the available memory.
 _MEMORY_SHARE = 0.75
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from benchmarks.ablations import ABLATIONS
 from soft_mm import SOFT
 from soft_mm.checkpoints import to_official
 from soft_mm.utils import build_model
@@ -325,6 +326,12 @@ def public_names():
 
     for file in (ROOT / 'soft_mm').rglob('[!_]*.py'):
         yield from names(ast.parse(read(file)), '.'.join(file.relative_to(ROOT).with_suffix('').parts))
+
+
+def test_ablations_in_the_documents_exist():
+    pages = [ROOT / 'docs/long_inputs.md', ROOT / 'benchmarks/README.md']
+    named = {name for page in pages for name in re.findall(r'@([a-z]+(?:-[a-z]+)+)', read(page))}
+    assert named == set(ABLATIONS)
 
 
 def test_api_has_every_module():

@@ -7,14 +7,14 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from soft_mm.ops.mlp import chunked_mlp
+from soft_mm.ops.mlp import FORWARD_ENTRIES, chunked_mlp
 from soft_mm.ops.recording import is_compiling, needs_standard_operators
 
 from .attention import build_attention
 from .fused_layers import fused_dtype
 
 # Entries of the hidden layer of an MLP per chunk. On a CPU, a chunk should fit in the cache.
-_CHUNK_ENTRIES = {'cpu': 2**20}
+_CHUNK_ENTRIES = {'cpu': FORWARD_ENTRIES}
 _ACCELERATOR_ENTRIES = 2**26
 
 
@@ -62,9 +62,9 @@ class DropPath(nn.Module):
 class MLP(nn.Sequential):
     """Two linear layers with a GELU between them, and ``4 C`` hidden channels.
 
-    Processes tokens in chunks, so the 4C-wide hidden layer is not held whole in inference. In training on a CPU, it is
-    computed again in the backward pass, see :func:`soft_mm.ops.chunked_mlp`. On other devices, in half precision, with
-    dropout, and with changed layers, only the output of the GELU is computed again.
+    Processes tokens in chunks, so the 4C-wide hidden layer is not held whole in inference. With gradients on an x86 CPU
+    in float32, it is computed again in the backward pass, see :func:`soft_mm.ops.chunked_mlp`. On other devices, in
+    other dtypes, with dropout, and with changed layers, only training computes again, and only the output of the GELU.
 
     Args:
         embed_dims (int): Channels ``C``.

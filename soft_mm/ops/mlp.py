@@ -2,11 +2,13 @@
 
 import math
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
+
+from .recording import is_batch_of_gradients
 
 # oneDNN's product with the activation on each block of the result, which `torch.compile` uses for frozen weights.
 # PyTorch's own GELU with tanh is several times slower than its GELU with erf. Only x86 was measured.
@@ -15,8 +17,8 @@ _FUSED: Any = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if _ON_X86 el
 _supports_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
 
 # Entries of the hidden layer per chunk of the forward pass, and tokens per chunk of the backward pass. The backward
-# pass holds five chunks at a time, which should fit in the cache.
-_FORWARD_ENTRIES = 2**20
+# pass holds six chunks at a time, which should fit in the cache.
+FORWARD_ENTRIES = 2**20
 _BACKWARD_TOKENS = 256
 
 # The GELU with tanh is x * sigmoid(x * (_SLOPE + _CUBIC * x^2)).
@@ -31,17 +33,22 @@ def has_fused_linear(dtype: torch.dtype) -> bool:
         dtype (torch.dtype): Dtype of the tokens and of the weights.
 
     Returns:
-        bool: True for float32, and for bfloat16 if the processor supports it.
+        bool: True on x86 for float32, and for bfloat16 if the processor supports it.
     """
     if _FUSED is None or not getattr(torch.backends.mkldnn, 'enabled', True):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(_supports_bfloat16()))
 
 
+def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None, approximate: str) -> Tensor:
+    hidden = nn.functional.gelu(nn.functional.linear(x, weight1, bias1), approximate=approximate)
+    return nn.functional.linear(hidden, weight2, bias2)
+
+
 def _gelu_and_gradient(hidden: Tensor, grad: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """Return the GELU of ``hidden``, and the gradient of ``hidden`` from that of the GELU, which may be overwritten."""
+    """Return the GELU of ``hidden``, and the gradient of ``hidden`` for the gradient ``grad`` of the GELU."""
     if approximate == 'none':
-        return torch.nn.functional.gelu(hidden), torch.ops.aten.gelu_backward(grad, hidden)
+        return nn.functional.gelu(hidden), torch.ops.aten.gelu_backward(grad, hidden)
     slope = hidden.new_tensor(_SLOPE)
     gate = torch.addcmul(slope, hidden, hidden, value=_CUBIC).mul_(hidden).sigmoid_()
     out = hidden * gate
@@ -52,7 +59,7 @@ def _gelu_and_gradient(hidden: Tensor, grad: Tensor, approximate: str) -> tuple[
 
 
 class _ChunkedMLP(torch.autograd.Function):
-    """Two linear layers with a GELU between them. The backward pass recomputes the hidden layer from the tokens."""
+    """Two linear layers with a GELU between them. The backward pass computes the hidden layer from the tokens again."""
 
     @staticmethod
     def forward(
@@ -60,35 +67,61 @@ class _ChunkedMLP(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight1, bias1, weight2)
         ctx.approximate = approximate
-        outputs = []
-        for chunk in x.split(max(_FORWARD_ENTRIES // len(weight1), 1)):
-            hidden = _FUSED(chunk, weight1, bias1, 'gelu', [], approximate)
-            outputs.append(_FUSED(hidden, weight2, bias2, 'none', [], ''))
+        fused, outputs = has_fused_linear(x.dtype), []
+        for chunk in x.split(max(FORWARD_ENTRIES // max(len(weight1), 1), 1)):
+            if fused:
+                hidden = _FUSED(chunk, weight1, bias1, 'gelu', [], approximate)
+                outputs.append(_FUSED(hidden, weight2, bias2, 'none', [], ''))
+            else:
+                outputs.append(_mlp(chunk, weight1, bias1, weight2, bias2, approximate))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight1, bias1, weight2 = ctx.saved_tensors
-        for_x, for_weight1, for_bias1, for_weight2, for_bias2, _ = ctx.needs_input_grad
-        grad_x = torch.empty_like(x) if for_x else None
-        grad_weight1 = torch.zeros_like(weight1) if for_weight1 else None
-        grad_bias1 = torch.zeros_like(bias1) if for_bias1 else None
-        grad_weight2 = torch.zeros_like(weight2) if for_weight2 else None
+        saved = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            for start in range(0, len(x), _BACKWARD_TOKENS):
-                chunk = slice(start, start + _BACKWARD_TOKENS)
-                hidden = torch.addmm(bias1, x[chunk], weight1.t())
-                activated, grad_hidden = _gelu_and_gradient(hidden, grad[chunk] @ weight2, ctx.approximate)
-                if grad_weight2 is not None:
-                    grad_weight2.addmm_(grad[chunk].t(), activated)
-                if grad_weight1 is not None:
-                    grad_weight1.addmm_(grad_hidden.t(), x[chunk])
-                if grad_bias1 is not None:
-                    grad_bias1 += grad_hidden.sum(0)
-                if grad_x is not None:
-                    torch.mm(grad_hidden, weight1, out=grad_x[chunk])
-        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0) if for_bias2 else None, None
+            # Chunks written in place have no second derivatives, and take one gradient at a time.
+            whole = torch.is_grad_enabled() or is_batch_of_gradients(grad)
+            grads = (_whole_backward if whole else _chunked_backward)(ctx, grad, *saved)
+            return (*grads, grad.sum(0) if ctx.needs_input_grad[4] else None, None)
+
+
+def _whole_backward(
+    ctx: Any, grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the tokens, ``W1``, ``b1`` and ``W2`` by PyTorch's layers, with their derivatives."""
+    create_graph, needed = torch.is_grad_enabled(), ctx.needs_input_grad[:4]
+    inputs = [tensor for tensor, need in zip((x, weight1, bias1, weight2), needed) if need]
+    grads: Iterator[Tensor] = iter(())
+    if inputs:
+        with torch.enable_grad():
+            out = _mlp(x, weight1, bias1, weight2, None, ctx.approximate)
+        grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=create_graph))
+    return tuple(next(grads) if need else None for need in needed)
+
+
+def _chunked_backward(
+    ctx: Any, grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the tokens, ``W1``, ``b1`` and ``W2``."""
+    for_x, for_weight1, for_bias1, for_weight2, *_ = ctx.needs_input_grad
+    grad_x = torch.empty_like(x) if for_x else None
+    grad_weight1 = torch.zeros_like(weight1) if for_weight1 else None
+    grad_bias1 = torch.zeros_like(bias1) if for_bias1 else None
+    grad_weight2 = torch.zeros_like(weight2) if for_weight2 else None
+    for start in range(0, len(x), _BACKWARD_TOKENS):
+        chunk = slice(start, start + _BACKWARD_TOKENS)
+        hidden = torch.addmm(bias1, x[chunk], weight1.t())
+        activated, grad_hidden = _gelu_and_gradient(hidden, grad[chunk] @ weight2, ctx.approximate)
+        if grad_weight2 is not None:
+            grad_weight2.addmm_(grad[chunk].t(), activated)
+        if grad_weight1 is not None:
+            grad_weight1.addmm_(grad_hidden.t(), x[chunk])
+        if grad_bias1 is not None:
+            grad_bias1 += grad_hidden.sum(0)
+        if grad_x is not None:
+            torch.mm(grad_hidden, weight1, out=grad_x[chunk])
+    return grad_x, grad_weight1, grad_bias1, grad_weight2
 
 
 def chunked_mlp(
@@ -96,8 +129,8 @@ def chunked_mlp(
 ) -> Tensor:
     """Compute ``W2 gelu(W1 x + b1) + b2`` for each token, without holding the whole hidden layer.
 
-    Neither direction holds more than a chunk of the hidden layer, and only the tokens are saved for the backward pass,
-    which computes the hidden layer again. Use it where :func:`has_fused_linear` is True.
+    The forward pass holds one chunk of the hidden layer, the backward pass six smaller ones. Only the tokens are saved
+    for the backward pass, which computes the hidden layer again. It is fast where :func:`has_fused_linear` is True.
 
     Args:
         x (Tensor): Tokens ``(n, C)`` in the dtype of the weights.
@@ -108,6 +141,12 @@ def chunked_mlp(
         approximate (str): Form of the GELU, see ``torch.nn.GELU``. Defaults to ``'none'``.
 
     Returns:
-        Tensor: ``(n, C')``. Second derivatives are not supported.
+        Tensor: ``(n, C')``.
+
+    Raises:
+        ValueError: If gradients are needed in half precision, in which sums over many chunks would lose their digits.
     """
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight1, bias1, weight2, bias2))
+    if learns and x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'x of {x.dtype} with gradients: expected torch.float32 or torch.float64')
     return _ChunkedMLP.apply(x, weight1, bias1, weight2, bias2, approximate)

@@ -9,6 +9,7 @@ SOFT: *Softmax-free Transformer with Linear Complexity*, NeurIPS 2021, arXiv:211
 SOFT++: *Softmax-free Linear Transformers*, IJCV 2024, arXiv:2207.03341.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -192,3 +193,25 @@ def local_branch(v: Tensor, grid: tuple[int, int], weight: Tensor) -> Tensor:
     maps = v.permute(0, 3, 1, 2).reshape(B * d, h, H, W)
     out = F.conv2d(maps, weight, padding=weight.shape[-1] // 2, groups=h)
     return out.reshape(B, d, h, n).permute(0, 2, 3, 1)
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str = 'none') -> Tensor:
+    """Compute ``W2 gelu(W1 x + b1) + b2`` for each token (arXiv:1706.03762, section 3.3, with the GELU of 1606.08415).
+
+    Args:
+        x (Tensor): Tokens ``(n, C)``.
+        weight1 (Tensor): ``(H, C)``.
+        bias1 (Tensor): ``(H,)``.
+        weight2 (Tensor): ``(C', H)``.
+        bias2 (Tensor): ``(C',)``.
+        approximate (str): ``'none'``, or ``'tanh'`` for the GELU with tanh. Defaults to ``'none'``.
+
+    Returns:
+        Tensor: ``(n, C')``.
+    """
+    hidden = x @ weight1.T + bias1
+    if approximate == 'tanh':
+        share = (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))) / 2
+    else:
+        share = (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    return (hidden * share) @ weight2.T + bias2

@@ -7,13 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.ablations import (
     ABLATIONS,
     ATTENTIONS,
-    EVALUATION_ONLY,
     OPERATOR_ABLATIONS,
     REPLACEMENTS,
     ablate_attention,
 )
-from benchmarks.targets import build_operator, build_step, parse_target
-from soft_mm.models import SOFT, fused_layers
+from benchmarks.targets import build_operator, parse_target
+from soft_mm.models import SOFT, blocks, soft
 from soft_mm.ops import blockwise
 
 CONFIGS = (
@@ -63,10 +62,9 @@ def run(model, image, train):
 
 
 @pytest.mark.parametrize('attention', CONFIGS)
-@pytest.mark.parametrize(
-    ('ablation', 'train'),
-    [(name, train) for name in ABLATIONS if name not in EVALUATION_ONLY for train in (False, True)],
-)
+# Layers are never fused in float64 and inside a dispatch mode, so `layers-apart` has its own test.
+@pytest.mark.parametrize('ablation', [name for name in ABLATIONS if name != 'layers-apart'])
+@pytest.mark.parametrize('train', [False, True])
 def test_ablation_computes_the_same_otherwise(ablation, train, attention, monkeypatch):
     monkeypatch.setitem(blockwise._CHUNK_ENTRIES, 'cpu', 2**11)
     image = torch.rand(2, 3, 72, 104, dtype=torch.float64)
@@ -80,20 +78,26 @@ def test_ablation_computes_the_same_otherwise(ablation, train, attention, monkey
     assert other_operations != operations
 
 
-def test_layers_apart_computes_the_same_layer_by_layer(monkeypatch):
-    """Its recorder is a function, because layers are never fused inside a dispatch mode."""
+@pytest.mark.parametrize('train', [False, True])
+def test_layers_apart_computes_the_same_layer_by_layer(train, monkeypatch):
     calls = []
-    fold = fused_layers.fuse_conv_bn_weights
-    monkeypatch.setattr(fused_layers, 'fuse_conv_bn_weights', lambda *args: calls.append(1) or fold(*args))
-    image, outputs = torch.rand(2, 3, 72, 104), []
-    for ablation, folded in ((None, 6), ('layers-apart', 0)):
-        model = build(CONFIGS[0], ablation, False).float()
-        calls.clear()
-        with torch.no_grad():
-            outputs.append(model(image))
-        assert len(calls) == folded
-    for one, other in zip(*outputs):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+    for module, name in ((blocks, 'chunked_mlp'), (soft, 'fused_conv')):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, function=function: calls.append(function) or function(*args))
+    image, results = torch.rand(2, 3, 72, 104), []
+    for ablation in (None, 'layers-apart'):
+        model = build(CONFIGS[0], ablation, train).float()
+        with torch.set_grad_enabled(train):
+            outputs = model(image)
+        # The mean of squares would have no gradient, because the maps end with a LayerNorm.
+        weights = [torch.linspace(-1, 2, out.numel()).view(out.shape) for out in outputs]
+        loss = sum((out * weight).sum() for out, weight in zip(outputs, weights))
+        gradients = torch.autograd.grad(loss, model.parameters()) if train else ()
+        results.append([*outputs, *gradients])
+        # Four blocks have an MLP each, and the patch embeddings six convolutions.
+        assert len(calls) == (4 if train else 10)
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * other.abs().max().item())
 
 
 @pytest.mark.parametrize('attention', CONFIGS)
@@ -122,8 +126,3 @@ def test_engine_is_unchanged_by_an_ablated_model():
     assert [type(module) for module in again.modules()] == [type(module) for module in engine.modules()]
     with torch.no_grad():
         assert all(torch.equal(*pair) for pair in zip(engine(image), again(image)))
-
-
-def test_layers_apart_is_refused_in_training():
-    with pytest.raises(ValueError, match="'soft-tiny@layers-apart': layers-apart is for evaluation only"):
-        build_step(parse_target('soft-tiny@layers-apart'), (64, 64), 1, True, 'cpu')

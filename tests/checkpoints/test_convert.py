@@ -110,6 +110,8 @@ def test_printed_config_loads_the_file(tmp_path, change, options, suffix):
     torch.save(theirs, tmp_path / 'source.pth')
     done = convert(tmp_path / 'source.pth', tmp_path / f'ours{suffix}', *options)
     assert done.returncode == 0, done.stderr
+    # The base config has 1000 classes.
+    assert ('num_classes' in done.stdout.split('config:')[1]) == (len(theirs['head.bias']) == 10 and not options)
     cfg = printed_config(done, tmp_path)
     init_default_scope('mmpretrain')
     importlib.import_module('mmpretrain.models')
@@ -198,6 +200,12 @@ def save(change):
         (lambda path: torch.save([1, 2], path), 'holds a list'),
         (lambda path: torch.save({'layer1.0.weight': torch.zeros(2)}, path), 'not a SOFT model of the authors'),
         (save(lambda d: d.update({'head.bias': torch.zeros(10)})), 'classifier: weight (1000, 512), bias (10,)'),
+        (save(lambda d: d.pop('head.weight')), 'classifier: weight None, bias (1000,)'),
+        (save(lambda d: d.pop('head.bias')), 'classifier: weight (1000, 512), bias None'),
+        (
+            save(lambda d: [d.pop(key) for key in [*d] if key.startswith('block2.0.att.mha.attn.')]),
+            'stage 2 has no softmax-free attention: expected att.mha.attn.conv and Qlandmark_op in block2.0',
+        ),
         (save(lambda d: d.update({'block2.0.att.ff1.weight': torch.zeros(4, 4)})), '1 of another shape'),
         (save(lambda d: d.pop('norm.weight')), "1 missing ['backbone.stages.3.norm.weight']"),
         (save(lambda d: d.update({'neck.weight': torch.zeros(1)})), "'neck.weight' is not a key"),

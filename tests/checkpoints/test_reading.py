@@ -6,6 +6,7 @@ import pickle
 import sys
 import tarfile
 import threading
+import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,7 +22,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleLR
 
 from soft_mm import SOFT
-from soft_mm.checkpoints import load_weights, read_checkpoint
+from soft_mm.checkpoints import load_weights, read_checkpoint, reading
 from soft_mm.checkpoints.reading import local_file
 from soft_mm.inference import check_weights, read_whole_model
 
@@ -251,3 +252,38 @@ def test_weights_that_are_no_tensors_are_named(tmp_path, content, message):
         SOFT('tiny', init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()
     with pytest.raises(ValueError, match=message):
         check_weights(torch.nn.Linear(1, 1), load_weights(path), path)
+
+
+def rewrite(path, name, change):
+    """Change one record of a zip archive."""
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    records[f'{path.stem}/{name}'] = change(records[f'{path.stem}/{name}'])
+    with zipfile.ZipFile(path, 'w') as archive:
+        for key, content in records.items():
+            archive.writestr(key, content)
+
+
+@pytest.mark.parametrize('change', [lambda data: data + bytes(4), lambda data: data[:-4]], ids=['longer', 'shorter'])
+@pytest.mark.skipif(not reading._TRUSTS_SIZES, reason='this PyTorch compares the sizes itself')
+def test_storages_of_another_size_are_refused(tmp_path, change):
+    path = tmp_path / 'file.pth'
+    torch.save(dict(weight=torch.arange(4.0), half=torch.zeros(3, dtype=torch.bfloat16)), path)
+    rewrite(path, 'data/0', lambda data: data)
+    assert torch.equal(read_checkpoint(path)['weight'], torch.arange(4.0))
+    rewrite(path, 'data/0', change)
+    with pytest.raises(ValueError, match='the data of storage 0 do not have 16 bytes'):
+        read_checkpoint(path)
+
+
+def test_tensors_without_data_are_refused_wherever_they_are(tmp_path):
+    without = torch.empty(2, device='meta')
+    path = tmp_path / 'meta.pth'
+    for content in (dict(a=without), dict(a=[1, (torch.ones(1), dict(b=without))]), dict(a=torch.ones(1), b=[without])):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match='holds tensors without data, of the device "meta"'):
+            read_checkpoint(path)
+    nested = [torch.ones(1)]
+    nested.append(nested)
+    torch.save(dict(a=nested), path)
+    assert torch.equal(read_checkpoint(path)['a'][0], torch.ones(1))

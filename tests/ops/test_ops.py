@@ -5,6 +5,7 @@ import torch
 
 from soft_mm import ops
 from soft_mm.ops import blockwise, reference
+from soft_mm.ops.inverse import converged_newton_inverse, scales_to_converge
 
 D = 8
 # Grid and ratio: remainders, a side shorter than the ratio, one landmark, a single row.
@@ -405,3 +406,38 @@ def test_middle_matrix_checks_its_options():
         ops.middle_matrix(landmarks, solver='choleski')
     with pytest.raises(ValueError, match='ridge=5.0 has no effect'):
         ops.middle_matrix(landmarks, solver='svd', ridge=5.0)
+
+
+def test_gradients_with_a_matrix_that_is_not_symmetric():
+    generator = torch.Generator().manual_seed(0)
+    q, landmarks, v, matrix = (
+        torch.randn(2, 2, rows, columns, generator=generator, dtype=torch.float64).requires_grad_()
+        for rows, columns in ((7, 4), (3, 4), (7, 5), (3, 3))
+    )
+    plain = reference.gaussian_kernel(q, landmarks) @ matrix @ reference.gaussian_kernel(landmarks, q) @ v
+    fast = ops.blockwise_attention(q, landmarks, v, matrix)
+    assert_same(fast, plain, [q, landmarks, v, matrix], TOLERANCE[torch.float64])
+
+
+def test_converged_inverse_of_several_heads_does_not_see_autocast():
+    generator = torch.Generator().manual_seed(0)
+    # Each head has another largest row sum.
+    landmarks = torch.randn(2, 3, 6, D, generator=generator) * torch.tensor([0.1, 0.5, 2.0]).view(3, 1, 1)
+    matrix = ops.gaussian_kernel(landmarks, landmarks) + 0.01 * torch.eye(6)
+    with torch.autocast('cpu', torch.bfloat16):
+        inverse = converged_newton_inverse(matrix, 0.01, scales_to_converge(6, 0.01))
+    assert inverse.dtype == torch.float32
+    torch.testing.assert_close(inverse.double(), torch.linalg.inv(matrix.double()), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize('normalized', [False, True])
+def test_masked_landmarks_far_from_the_origin_keep_their_digits(normalized):
+    """Only the mean of the present landmarks, subtracted from them, keeps the distances exact in float32."""
+    generator = torch.Generator().manual_seed(0)
+    landmarks = 1000 + torch.randn(2, 1, 6, D, generator=generator)
+    present = torch.tensor([1.0, 1, 0, 1, 1, 0])
+    options = dict(normalized=normalized, solver='cholesky')
+    matrix, _ = ops.middle_matrix(landmarks, present=present.expand(2, 1, 6), **options)
+    kept = present.bool()
+    exact, _ = ops.middle_matrix(landmarks[:, :, kept].double(), **options)
+    torch.testing.assert_close(matrix[:, :, kept][..., kept].double(), exact, rtol=0, atol=1e-3)
