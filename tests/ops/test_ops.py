@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from soft_mm import ops
-from soft_mm.ops import blockwise, reference
+from soft_mm.ops import blockwise, checks, reference
 from soft_mm.ops.inverse import converged_newton_inverse, scales_to_converge
 
 D = 8
@@ -441,3 +441,27 @@ def test_masked_landmarks_far_from_the_origin_keep_their_digits(normalized):
     kept = present.bool()
     exact, _ = ops.middle_matrix(landmarks[:, :, kept].double(), **options)
     torch.testing.assert_close(matrix[:, :, kept][..., kept].double(), exact, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize('normalized', [False, True])
+def test_middle_matrix_of_an_onnx_export_is_the_same(normalized, monkeypatch):
+    """ONNX has no Cholesky factorisation, so an export computes the inverse itself."""
+    landmarks = torch.randn(2, 3, 6, D, generator=torch.Generator().manual_seed(0))
+    options = dict(normalized=normalized, solver='cholesky', degree_scale=1.7)
+    matrix, inverted = ops.middle_matrix(landmarks, **options)
+    assert inverted
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    exported, inverted = ops.middle_matrix(landmarks, **options)
+    assert not inverted
+    torch.testing.assert_close(exported.double(), torch.linalg.inv(matrix.double()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('value', [-0.1, 1, 1.5, float('nan'), True, '0.5', None])
+def test_rates_are_checked(value):
+    with pytest.raises(ValueError, match='rate=.*: expected a number >= 0 and < 1'):
+        checks.check_rate('rate', value)
+
+
+def test_rates_within_the_range_pass():
+    for value in (0, 0.0, 0.5, 0.999):
+        checks.check_rate('rate', value)
