@@ -266,9 +266,7 @@ def rewrite(path, name, change):
 
 
 @pytest.mark.parametrize('change', [lambda data: data + bytes(4), lambda data: data[:-4]], ids=['longer', 'shorter'])
-@pytest.mark.skipif(
-    digit_version(torch.__version__) >= digit_version('2.10'), reason='PyTorch compares the sizes itself'
-)
+@pytest.mark.skipif(digit_version(torch.__version__) >= digit_version('2.10'), reason='PyTorch compares them')
 def test_storages_of_another_size_are_refused(tmp_path, change):
     path = tmp_path / 'file.pth'
     torch.save(dict(weight=torch.arange(4.0), half=torch.zeros(3, dtype=torch.bfloat16)), path)
