@@ -272,7 +272,8 @@ def change_content(state_dict, changes):
             continue
         key = keys[which % len(keys) if isinstance(which, int) else 0]
         value = state_dict[key]
-        with contextlib.suppress(AttributeError, TypeError, IndexError, RuntimeError):
+        # NumPy, whose array an earlier change may have put there, raises ValueError.
+        with contextlib.suppress(AttributeError, TypeError, IndexError, RuntimeError, ValueError):
             if kind == 'drop':
                 del state_dict[key]
             elif kind == 'rename':
