@@ -98,7 +98,7 @@ test-openmmlab: python ## run the tests with OpenMMLab's own packages, in .venv-
 		--config-settings-package mmcv:torch=$(filter torch==%,$(BUILD_OF_OPENMMLAB)) requirements/openmmlab.txt
 	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python $(PYTEST)
 
-# cosmic-ray has an environment of its own, in uv's cache. Each part takes 40 minutes on one core.
+# uv installs cosmic-ray into a separate environment in its cache. Each part takes 40 minutes on one core.
 mutants: env ## mutation testing of soft_mm/ops and soft_mm/checkpoints
 	for part in ops checkpoints; do .venv/bin/uv run -q --no-project --no-python-downloads --python .venv/bin/python \
 		--with cosmic-ray==8.7.0 python .dev_scripts/mutants.py $$part || exit; done

@@ -1,6 +1,6 @@
 """Mutation testing of `soft_mm/ops` or `soft_mm/checkpoints` by cosmic-ray, in a clone of this repository.
 
-Called by `make mutants`, with cosmic-ray in an environment of its own. The clone has the last commit.
+`make mutants` calls it in a separate environment with cosmic-ray. The clone holds the last commit.
 """
 
 import argparse

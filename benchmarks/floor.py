@@ -6,9 +6,9 @@ the layers one by one, so products that a backward pass computes again are left 
 """
 
 import argparse
+import math
 import statistics
 import sys
-import time
 from collections import Counter
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .__main__ import parse_size
 from .sweep import machine
 from .targets import build_step, parse_target
+from .worker import measure_times
 
 aten = torch.ops.aten
 
@@ -123,13 +124,7 @@ FORMS = dict(product=_product_forms, convolution=_convolution_forms, gradient=_g
 
 
 def _seconds(function, repeats):
-    function()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return statistics.median(measure_times([function], repeats, math.inf, torch.device('cpu'))['seconds'])
 
 
 def measure_floor(step, repeats=5):
