@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernel import compute_dtype, gaussian_kernel, without_autocast
-from .recording import is_compiling, needs_standard_operators
+from .kernel import compute_dtype, gaussian_kernel, no_autocast, without_autocast
+from .recording import is_batch_of_gradients, is_compiling, needs_standard_operators
 
 # Number of entries of P per chunk. On a CPU, a chunk should fit in the cache. An accelerator needs large products to be
 # fast: 2^24 entries in float32 are 64 MiB.
@@ -42,6 +42,12 @@ def _empty_tokens(tokens: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Return an empty tensor ``(B, h, n, channels)`` in which the heads of a token are adjacent in memory."""
     B, heads, n, _ = tokens.shape
     return torch.empty(B, n, heads, channels, dtype=dtype, device=tokens.device).transpose(1, 2)
+
+
+def _factorise(matrix: Tensor) -> Tensor:
+    """Return the Cholesky factor of each matrix, NaN if it is not positive definite, without a host synchronisation."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return factor.masked_fill((failed > 0)[..., None, None], torch.nan)
 
 
 def _gather(tokens: Tensor, landmarks: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -162,6 +168,29 @@ def _backward(
     return grad_q, grad_landmarks, grad_v, grad_matrix, grad_k
 
 
+def _whole_backward(
+    grad: Tensor,
+    q: Tensor,
+    landmarks: Tensor,
+    v: Tensor,
+    matrix: Tensor,
+    _gathered: Tensor,
+    _weights: Tensor,
+    inverted: bool,
+    k: Tensor | None = None,
+    present: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Compute what :func:`_backward` returns by PyTorch's gradients of :func:`whole_attention`."""
+    if inverted:
+        matrix = matrix @ matrix.transpose(-2, -1)
+    inputs = [q, landmarks, v, matrix] if k is None else [q, landmarks, v, matrix, k]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    q, landmarks, v, matrix, *keys = inputs
+    with torch.enable_grad():
+        out = whole_attention(q, landmarks, v, matrix, inverted, present, keys[0] if keys else None)
+    return torch.autograd.grad(out, inputs, grad) + (() if keys else (None,))
+
+
 def _backward_shapes(
     grad: Tensor,
     q: Tensor,
@@ -216,7 +245,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         present: Tensor | None,
     ) -> Tensor:
         if inverted:
-            matrix, _ = torch.linalg.cholesky_ex(matrix)
+            matrix = _factorise(matrix)
         out, gathered, weights = _FORWARD(q, landmarks, v, matrix, inverted, k, present)
         ctx.save_for_backward(q, landmarks, v, matrix, gathered, weights, k, present)
         ctx.inverted = inverted
@@ -226,8 +255,11 @@ class _BlockwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, k, present = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            *grads, grad_k = _BACKWARD(grad, *saved, ctx.inverted, k, present)
+        with no_autocast(grad):
+            # A loop writes its chunks into a tensor that holds one gradient.
+            is_batch = not is_compiling() and is_batch_of_gradients(grad)
+            compute: Callable[..., Any] = _whole_backward if is_batch else _BACKWARD
+            *grads, grad_k = compute(grad, *saved, ctx.inverted, k, present)
         return (*grads, None, None if k is None else grad_k, None)
 
 
@@ -261,7 +293,7 @@ def whole_attention(
     if present is not None:
         gathered = gathered * present.unsqueeze(-1)
     if inverted:
-        weights = torch.cholesky_solve(gathered, torch.linalg.cholesky_ex(matrix)[0])
+        weights = torch.cholesky_solve(gathered, _factorise(matrix))
     else:
         weights = torch.matmul(matrix, gathered)
     return torch.matmul(cross, weights).to(v.dtype)
@@ -287,7 +319,8 @@ def blockwise_attention(
         landmarks (Tensor): ``(B, h, m, d)``.
         v (Tensor): Values ``(B, h, n_k, d_v)``, one for each key.
         matrix (Tensor): ``(B, h, m, m)``: ``M``, or with ``inverted`` its inverse. The inverse must be symmetric
-            positive definite. Its gradient is correct for symmetric changes of the matrix only.
+            positive definite, otherwise the output is NaN. Its gradient is correct for symmetric changes of the matrix
+            only.
         inverted (bool): Whether ``matrix`` is the inverse of ``M``. Defaults to False.
         present (Tensor | None): Ones and zeros, ``(m,)`` or ``(B, 1, m)``: which slots hold a landmark. ``matrix`` must
             then come from :func:`~soft_mm.ops.middle_matrix` with the same mask. Defaults to None: all.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_choice
-from .kernel import compute_dtype, gaussian_kernel, without_autocast
+from .kernel import compute_dtype, gaussian_kernel, no_autocast, product_dtype, without_autocast
 from .recording import is_batch_of_gradients, is_recorded, is_tracing, needs_standard_operators
 
 NEWTON_BACKWARDS = ('one_step', 'exact')
@@ -96,7 +96,7 @@ class _ExactNewton(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_autocast(grad):
             grad = (grad + grad.transpose(-2, -1)) / 2
             grad_kernel = torch.zeros_like(grad)
             # Read once, because gradient checkpointing recomputes them for each access.
@@ -166,17 +166,17 @@ def newton_inverse(kernel: Tensor, iterations: int = 20, ridge: float = 0.01, ba
         ValueError: If ``backward`` is unknown.
     """
     check_choice('backward', backward, NEWTON_BACKWARDS)
-    kernel = kernel.to(compute_dtype(kernel))
+    dtype, kernel = compute_dtype(kernel), kernel.to(product_dtype(kernel))
     if backward == 'one_step' and not needs_standard_operators():
-        return _OneStepNewton.apply(kernel, iterations, ridge)
+        return _OneStepNewton.apply(kernel, iterations, ridge).to(dtype)
     step = _plain_step(kernel, ridge)
     matrix = add_ridge(kernel, ridge)
     if backward == 'exact' or torch.onnx.is_in_onnx_export():
-        return _iterate(matrix, step * matrix, iterations)
+        return _iterate(matrix, step * matrix, iterations).to(dtype)
     # An exported program may be trained, even if gradients are disabled now.
     inverse = _iterate(matrix.detach(), (step * matrix).detach(), iterations)
     # The added term is 0. Its gradient is that of the true inverse.
-    return inverse - inverse @ (kernel - kernel.detach()) @ inverse
+    return (inverse - inverse @ (kernel - kernel.detach()) @ inverse).to(dtype)
 
 
 @without_autocast
@@ -198,7 +198,7 @@ def newton_inverse_per_image(kernel: Tensor, iterations: int = 20) -> Tensor:
         Tensor: ``(B, h, m, m)`` in float32 or wider. The gradient is that of the iterations and the step size, for
         symmetric changes of ``A``. It has no second derivative.
     """
-    kernel = kernel.to(compute_dtype(kernel))
+    dtype, kernel = compute_dtype(kernel), kernel.to(product_dtype(kernel))
     step = 2 / kernel.sum(-1).amax((-2, -1)).square()
     with torch.no_grad():
         halvings = 0.5 ** torch.arange(11, dtype=kernel.dtype, device=kernel.device)
@@ -212,7 +212,7 @@ def newton_inverse_per_image(kernel: Tensor, iterations: int = 20) -> Tensor:
         # no fixed order.
         before = (~too_large[:, :-1]).long().cumsum(1) == 0
         halving = 0.5 ** before.to(kernel.dtype).sum(1)
-    return _iterate(kernel, (step * halving)[:, None, None, None] * kernel, iterations)
+    return _iterate(kernel, (step * halving)[:, None, None, None] * kernel, iterations).to(dtype)
 
 
 @without_autocast

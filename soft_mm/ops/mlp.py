@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recording import is_batch_of_gradients
+from .kernel import no_autocast
+from .recording import is_batch_of_gradients, needs_standard_operators
 
 # oneDNN's product with the activation on each block of the result, which `torch.compile` uses for frozen weights.
 # PyTorch's own GELU with tanh is several times slower than its GELU with erf. Only x86 was measured.
@@ -67,7 +68,7 @@ class _ChunkedMLP(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight1, bias1, weight2)
         ctx.approximate = approximate
-        fused, outputs = has_fused_linear(x.dtype), []
+        fused, outputs = x.is_cpu and has_fused_linear(x.dtype), []
         for chunk in x.split(max(FORWARD_ENTRIES // max(len(weight1), 1), 1)):
             if fused:
                 hidden = _FUSED(chunk, weight1, bias1, 'gelu', [], approximate)
@@ -79,7 +80,7 @@ class _ChunkedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_autocast(grad):
             # Chunks written in place have no second derivatives, and take one gradient at a time.
             whole = torch.is_grad_enabled() or is_batch_of_gradients(grad)
             grads = (_whole_backward if whole else _chunked_backward)(ctx, grad, *saved)
@@ -149,4 +150,6 @@ def chunked_mlp(
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight1, bias1, weight2, bias2))
     if learns and x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f'x of {x.dtype} with gradients: expected torch.float32 or torch.float64')
+    if needs_standard_operators():
+        return _mlp(x, weight1, bias1, weight2, bias2, approximate)
     return _ChunkedMLP.apply(x, weight1, bias1, weight2, bias2, approximate)

@@ -8,6 +8,7 @@ from authors import REDUCED_ARCH
 from exports import ATTENTIONS
 
 from soft_mm import SOFT
+from soft_mm.ops import chunked_mlp, reference
 
 pytestmark = pytest.mark.gpu
 DEFAULT = dict(solver='cholesky', max_landmarks=7)
@@ -81,6 +82,22 @@ def test_kernels_agree_with_the_cpu(name):
     # The exact pseudo-inverse divides by differences of singular values.
     if name != 'svd':
         assert gradient_error(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize('name', ['newton', 'cholesky', 'cholesky normalized'])
+def test_kernel_and_inverse_keep_their_digits_with_tf32(name):
+    """Both in TF32 change an output by up to a fifth. What remains is the rounding of the other products."""
+    model, x = build(ATTENTIONS[name]), image()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    outputs = model(x)
+    assert largest(outputs, model.double().cpu()(x.double().cpu())) < 3e-2
+
+
+def test_mlp_in_chunks():
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, device='cuda') for shape in ((700, 8), (32, 8), (32,), (5, 32), (5,))]
+    wanted = reference.mlp(*(tensor.double() for tensor in inputs), 'tanh')
+    assert largest([chunked_mlp(*inputs, 'tanh')], [wanted]) < 1e-5
 
 
 @pytest.mark.parametrize('dtype', HALVES)

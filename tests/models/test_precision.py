@@ -7,7 +7,7 @@ import torch
 from authors import VARIANTS, image, reduced_model
 from torch.nn.functional import cosine_similarity
 
-from soft_mm import ops
+from soft_mm import SOFT, ops
 from soft_mm.models.attention import SoftmaxFreeCrossAttention, build_attention
 from soft_mm.models.blocks import SoftmaxFreeBlock
 from soft_mm.ops import reference
@@ -42,6 +42,9 @@ def test_autocast_is_close_to_float32(kind, regime, solver, dtype):
         found = model(x)
     error, cosine = BARS[dtype]
     assert relative_error(found, expected) <= error
+    # Without gradients, layers are fused and BatchNorm is folded.
+    with torch.no_grad(), torch.autocast('cpu', dtype):
+        assert relative_error(model(x), expected) <= error
     assert cosine_similarity(gradient(found, model), gradient(expected, model), dim=0) >= cosine
 
 
@@ -53,6 +56,18 @@ def test_weights_in_half_precision_are_close_to_float32(kind, regime, dtype):
         found = copy.deepcopy(model).to(dtype)(x.to(dtype))
         assert found.dtype == dtype
         assert relative_error(found, model(x)) <= BARS[dtype][0]
+
+
+@pytest.mark.parametrize(('dtype', 'bar'), [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
+@pytest.mark.parametrize('attention', [{}, dict(normalized=True), dict(solver='cholesky', max_landmarks=49)], ids=str)
+def test_soft_tiny_in_half_precision(attention, dtype, bar):
+    """Weights as initialised, at the size of ImageNet."""
+    torch.manual_seed(0)
+    model, x = SOFT('tiny', attention=attention).eval(), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(x)
+        found = model.to(dtype)(x.to(dtype))
+    assert max(relative_error(*pair) for pair in zip(found, expected)) <= bar
 
 
 @pytest.mark.parametrize(

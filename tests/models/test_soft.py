@@ -130,6 +130,17 @@ def test_attention_keys_left_out_take_the_default():
     assert kept == (False, 'newton', 20, 'one_step', 5)
 
 
+@pytest.mark.parametrize('attention', [{}, dict(solver='cholesky', max_landmarks=4), dict(normalized=True)], ids=str)
+def test_shapes_on_the_meta_device(attention):
+    """Shapes without computing, as estimates of memory use them, with and without gradients."""
+    model = reduced(attention=attention)
+    x = torch.rand(2, 3, 64, 96)
+    shapes = [out.shape for out in model(x)]
+    outputs = model.to('meta')(x.to('meta'))
+    assert [out.shape for out in outputs] == shapes
+    sum(out.sum() for out in outputs).backward()
+
+
 def test_attention_of_a_user():
     @MODELS.register_module(name='IdentityAttention')
     class IdentityAttention(torch.nn.Module):

@@ -77,6 +77,14 @@ def test_batches_of_gradients(create_graph):
         torch.testing.assert_close(one, torch.stack(other))
 
 
+def test_transforms():
+    """Gradients for each token by ``torch.func``, which custom autograd functions do not support."""
+    inputs = make_inputs(tokens=3)
+    per_token = torch.func.vmap(torch.func.grad(lambda x: chunked_mlp(x[None], *inputs[1:], 'tanh').sum()))(inputs[0])
+    (wanted,) = torch.autograd.grad(chunked_mlp(*inputs, 'tanh').sum(), inputs[:1])
+    torch.testing.assert_close(per_token, wanted)
+
+
 def test_odd_layouts(chunks):
     """Transposed tokens and weights, and a gradient that is one number."""
     inputs = make_inputs()

@@ -274,3 +274,27 @@ def test_random_landmarks_are_present_tokens():
     assert set(drawn[1].flatten().tolist()) <= set(range(12, 24, 2)) and drawn[1].unique().numel() == 3
     both = [ops.random_landmarks(q, 5, torch.Generator().manual_seed(1), mask) for mask in (None, mask | True)]
     assert torch.equal(*both)
+
+
+@pytest.mark.parametrize('two_sets', [False, True])
+@pytest.mark.parametrize(('solver', 'normalized'), INVERSES)
+def test_batches_of_gradients(solver, normalized, two_sets):
+    q, landmarks, v, k = make_inputs((9, 9, 4))
+    inputs = [q, landmarks, v, *([k] if two_sets else [])]
+    out = fast(q, landmarks, v, k if two_sets else None, solver, normalized)
+    batch = torch.randn(3, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(out, inputs, batch, is_grads_batched=True, retain_graph=True)
+    wanted = [torch.autograd.grad(out, inputs, grad, retain_graph=True) for grad in batch]
+    assert_same(found, [torch.stack(grads) for grads in zip(*wanted, strict=True)], 1e-9)
+
+
+@pytest.mark.parametrize('attend', [ops.blockwise_attention, ops.whole_attention])
+def test_matrix_that_is_not_positive_definite_gives_no_number(attend):
+    """The other head, whose matrix has a factor, is not touched."""
+    q, landmarks, v, _ = make_inputs((6, 6, 3), batch=1, heads=2)
+    matrix = torch.eye(3, dtype=torch.float64).repeat(1, 2, 1, 1)
+    expected = attend(q, landmarks, v, matrix, True)
+    matrix[0, 1, 2, 2] = -1
+    out = attend(q, landmarks, v, matrix, True)
+    assert out[:, 1].isnan().all()
+    assert torch.equal(out[:, 0], expected[:, 0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer, is_integer
-from soft_mm.ops.kernel import is_autocast_enabled
+from soft_mm.ops.kernel import is_autocast_enabled, no_autocast
 from soft_mm.ops.recording import has_variable
 from soft_mm.registry import MODELS, find_registered
 
@@ -311,7 +311,7 @@ class WideProjection(nn.Linear):
         autocast = is_autocast_enabled(x.device.type)
         if x.dtype != torch.float32 or not (autocast or self.weight.dtype != x.dtype):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             out = nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return out if autocast else out.to(self.weight.dtype)
 
