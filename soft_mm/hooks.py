@@ -73,6 +73,32 @@ class _DelayedRemoval:
         self._noted.clear()
 
 
+def _is_running(process: int) -> bool:
+    """Find out whether another process of this machine exists."""
+    if process == os.getpid():
+        # In containers, a new process often has the id of the old one.
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # Another user's process.
+        pass
+    return True
+
+
+def _remove_unfinished(folder: str | Path) -> None:
+    """Remove the temporary files of processes that have ended, see :func:`~soft_mm.utils.atomic_path`."""
+    for file in Path(folder).glob('.*.part'):
+        writer = file.name.split('.')[-2]
+        # On Windows, the question itself would end the process. There, the system keeps files that are open.
+        if os.name != 'nt' and writer.isdecimal() and _is_running(int(writer)):
+            continue
+        with contextlib.suppress(PermissionError):
+            file.unlink(missing_ok=True)
+
+
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """Save checkpoints as mmengine's ``CheckpointHook`` does, but never leave a work directory without the last one.
@@ -94,9 +120,7 @@ class SafeCheckpointHook(CheckpointHook):
         if local and type(self.file_backend) is LocalBackend:
             self.backend_args = dict(backend='soft_mm_atomic')
             if is_main_process():
-                for unfinished in Path(self.out_dir).glob('.*.part'):
-                    unfinished.unlink(missing_ok=True)
-
+                _remove_unfinished(self.out_dir)
         self.file_backend = _DelayedRemoval(self.file_backend)
 
     def _remove_outdated(self) -> None:
@@ -128,7 +152,7 @@ class MissingGradientHook(Hook):
     """Warn after the first training step if parameters that should learn got no gradient.
 
     The cause is often reentrant activation checkpointing (``activation_checkpointing`` of mmengine's runner), or a head
-    that does not use an output of the backbone.
+    that does not use an output of the backbone. Models in FSDP are not watched: it sets the gradients by itself.
     """
 
     def __init__(self) -> None:
@@ -137,6 +161,9 @@ class MissingGradientHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Watch the gradients of all parameters that require one."""
+        kinds = {kind.__name__ for module in runner.model.modules() for kind in type(module).__mro__}
+        if kinds & {'FullyShardedDataParallel', 'FSDPModule'}:
+            return
         for name, parameter in runner.model.named_parameters():
             if parameter.requires_grad:
                 self._missing.add(name)
@@ -703,3 +730,29 @@ class DataCheckHook(Hook):
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Warn of classes without a pixel."""
         self._report_missing_classes(runner.test_dataloader.dataset)
+
+
+@HOOKS.register_module()
+class PictureNameHook(Hook):
+    """Stop before a test that draws its predictions if two pictures would have the same file name.
+
+    The hooks of mmpretrain and mmdet name a picture after the image without its folder, so the later one would replace
+    the first. ``tools/test.py --show-dir`` uses this hook.
+    """
+
+    def before_test(self, runner: Runner) -> None:
+        """Compare the names of all images of the test.
+
+        Raises:
+            DataError: If two images in different folders have the same name.
+        """
+        found: dict[str, str] = {}
+        for dataset in _inner_datasets(runner.test_dataloader.dataset):
+            for index in range(len(dataset)) if hasattr(dataset, 'get_data_info') else ():
+                path = dataset.get_data_info(index).get('img_path')
+                if path and found.setdefault(os.path.basename(path), path) != path:
+                    raise DataError(
+                        f'--show-dir: {found[os.path.basename(path)]} and {path} have the same name, so the picture of '
+                        'one would replace that of the other: rename such images, evaluate their folders one by one, '
+                        'or leave out --show-dir'
+                    )

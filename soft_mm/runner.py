@@ -23,7 +23,7 @@ from mmengine.device import get_device
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS, RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import FlexibleRunner, Runner, find_latest_checkpoint
 
 from .checkpoints.reading import is_address
 from .config_errors import add_traceback_option
@@ -76,7 +76,8 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
         parser.error(str(error))
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    cfg.work_dir = os.path.expanduser(work_dir)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
@@ -221,7 +222,7 @@ def show_pictures(cfg: Config, folder: str) -> None:
         folder (str): Folder of the pictures. mmsegmentation writes to its subfolder ``vis_data/vis_image``.
 
     Raises:
-        ValueError: If the config belongs to another toolbox.
+        ValueError: If the config belongs to another toolbox, or has a launcher.
     """
     scope = cfg.get('default_scope')
     if scope not in ('mmpretrain', 'mmdet', 'mmseg'):
@@ -229,8 +230,10 @@ def show_pictures(cfg: Config, folder: str) -> None:
             f"--show-dir: default_scope={scope!r}: expected 'mmpretrain', 'mmdet' or 'mmseg'; for another toolbox, set "
             'default_hooks.visualization in the config instead'
         )
+    if cfg.get('launcher', 'none') != 'none':
+        raise ValueError('--show-dir: only the first of several processes draws its pictures: leave out --launcher')
     hook: dict[str, Any] = dict((cfg.get('default_hooks') or {}).get('visualization') or {})
-    folder = os.path.abspath(folder)
+    folder = os.path.abspath(os.path.expanduser(folder))
     if scope == 'mmpretrain':
         hook |= dict(type='VisualizationHook', enable=True, out_dir=folder, interval=1)
     elif scope == 'mmdet':
@@ -241,6 +244,37 @@ def show_pictures(cfg: Config, folder: str) -> None:
         cfg.visualizer.save_dir = folder
     cfg.setdefault('default_hooks', {})
     cfg.default_hooks.visualization = hook
+    if scope != 'mmseg':
+        # mmsegmentation adds a number to each name.
+        add_hooks(cfg, 'soft_mm.PictureNameHook')
+
+
+def writable_file(path: str | Path) -> Path:
+    """Check that a file can be written, before the work whose result it will hold. Its folder is made.
+
+    Args:
+        path (str | Path): File, or a device such as ``/dev/stdout``. An old file keeps its content.
+
+    Returns:
+        Path: The file, with ``~`` replaced by the home folder.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
+    try:
+        file = Path(path).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.touch()
+            file.unlink(missing_ok=True)
+        elif file.is_dir():
+            raise IsADirectoryError('it is a folder')
+        elif not os.access(file, os.W_OK):
+            raise PermissionError('it is write-protected')
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: there is no home folder.
+        raise ValueError(f'{path} cannot be written: {error}; give a file in a folder where you may write') from None
+    return file
 
 
 def plain_values(metrics: Any) -> Any:
@@ -279,8 +313,9 @@ def build_runner(cfg: Config) -> Runner:
         cfg (Config): Config with a ``launcher``.
 
     Returns:
-        Runner: The runner.
+        Runner: The runner, with a model that is built.
     """
+    left_out = None
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # mmengine's initialisation of several processes needs one GPU per process.
         torch.distributed.init_process_group('gloo')
@@ -292,7 +327,22 @@ def build_runner(cfg: Config) -> Runner:
         )
         cfg.model_wrapper_cfg = wrapper | dict(cfg.get('model_wrapper_cfg') or {})
         revert_sync_batchnorm(cfg.model)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        # FlexibleRunner has the option in its strategy.
+        for options in (cfg, cfg.get('strategy') or {}):
+            if options.get('sync_bn'):
+                left_out, options['sync_bn'] = options['sync_bn'], None
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if left_out:
+        print_log(
+            f'sync_bn={left_out!r} is left out, because PyTorch synchronises BatchNorm on GPUs only: each process '
+            'normalises its own images',
+            'current',
+            logging.WARNING,
+        )
+    if isinstance(runner, FlexibleRunner):
+        # By itself, it builds the model after the tools have checked its weights.
+        runner.model = runner.strategy.build_model(runner.model)
+    return runner
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ def run_tool(name, *arguments):
 
 
 def _run(command, cwd, timeout, **variables):
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    # A config may import modules of the tests.
+    paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / 'tests'), os.environ.get('PYTHONPATH'))))
     environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS='1') | variables
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -10,9 +10,7 @@ import torch
 import torch._dynamo
 from digits_workspace import DETECTOR, ROOT, SEGMENTOR
 from programs import run_in_processes, tool
-from test_training_faults import FROZEN_BATCHNORM, SGD, relative_difference, toy_runner, train, weights
-
-from soft_mm.inference import read_whole_model
+from test_training_faults import ARCH, FROZEN_BATCHNORM, SGD, relative_difference, toy_runner, train, weights
 
 pytestmark = pytest.mark.long
 
@@ -71,49 +69,113 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path, environment, float
     assert two['score'] == pytest.approx(one['score'], rel=1e-9)
 
 
-SHARDED = """
-import torch
-torch.set_num_threads(1)
-torch.set_default_dtype(torch.float64)
-from test_training_faults import FROZEN_BATCHNORM, SGD, toy_runner
+def test_batchnorm_is_not_synchronised_without_gpus(tmp_path, environment):
+    """``sync_bn`` of a config, with a BatchNorm that is trained."""
+    run_program(PROCESS, tmp_path, tmp_path, json.dumps(dict(sync_bn='torch')), environment=environment, processes=2)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert "sync_bn='torch' is left out" in log
+    assert (tmp_path / 'epoch_1.pth').is_file()
 
-# Without a GPU, weights that are moved to the CPU would be those in use.
-full = {part: dict(type=kind, offload_to_cpu=False) for part, kind in (
-    ('state_dict_config', 'FullStateDictConfig'), ('optim_state_dict_config', 'FullOptimStateDictConfig'))}
-# Small parts, so that convolutions within a block have weights of their own to gather.
-policy = dict(type='torch.distributed.fsdp.wrap.size_based_auto_wrap_policy', min_num_params=200)
-strategy = dict(
-    type='FSDPStrategy',
-    state_dict_cfg=dict(state_dict_type='FULL_STATE_DICT', **full),
-    model_wrapper=dict(use_orig_params=True, device_id=torch.device('cpu'), auto_wrap_policy=policy),
+
+UPERNET = f"""
+_base_ = {str(SEGMENTOR)!r}
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+head = dict(num_classes=11, channels=8, norm_cfg=norm_cfg, loss_decode=dict(type='CrossEntropyLoss'))
+dims = {list(ARCH['embed_dims'])}
+model = dict(
+    backbone=dict(arch=dict({ARCH}, _delete_=True), init_cfg=None),
+    neck=None,
+    decode_head=dict(head, _delete_=True, type='UPerHead', in_channels=dims, in_index=[0, 1, 2, 3]),
+    auxiliary_head=dict(head, type='FCNHead', in_channels=dims[2], in_index=2),
 )
-options = {'train_dataloader.batch_size': 1, 'optim_wrapper.type': 'OptimWrapper', 'optim_wrapper.optimizer': SGD}
-runner = toy_runner(
-    sys.argv[1], 1, launcher='pytorch', runner_type='FlexibleRunner', strategy=strategy,
-    env_cfg=dict(dist_cfg=dict(backend='gloo')), **options, **FROZEN_BATCHNORM)
-runner.train()
-parts = [name for name, _ in runner.model.named_modules() if name.endswith('landmark._fsdp_wrapped_module')]
-print('sharded', len(parts), flush=True)
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0)
+param_scheduler = []
+train_cfg = dict(max_iters=1, val_interval=1)
 """
 
 
-def test_sharded_training_equals_one_process(tmp_path, environment, float64):
-    """FSDP by mmengine's ``FlexibleRunner``: its weights, its evaluation, and its checkpoint in an ordinary runner."""
+def test_upernet_trains_in_two_processes_without_gpus(workspace, tmp_path):
+    """Its heads have ``SyncBN``."""
+    (tmp_path / 'upernet.py').write_text(UPERNET)
+    done = run_in_processes('dist_train.sh', tmp_path / 'upernet.py', 2, '--work-dir', tmp_path / 'run', cwd=workspace)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert (tmp_path / 'run/iter_1.pth').is_file()
+
+
+DOUBLE = """
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+
+
+@HOOKS.register_module()
+class CountParts(Hook):
+    def after_train(self, runner):
+        parts = [name for name, _ in runner.model.named_modules() if name.endswith('landmark._fsdp_wrapped_module')]
+        print('sharded', len(parts), flush=True)
+"""
+SHARDED = """
+_base_ = 'one.py'
+runner_type = 'FlexibleRunner'
+env_cfg = dict(dist_cfg=dict(backend='nccl'))
+strategy = dict(
+    type='FSDPStrategy',
+    # Without a GPU, weights that are moved to the CPU would be those in use.
+    state_dict_cfg=dict(
+        state_dict_type='FULL_STATE_DICT',
+        state_dict_config=dict(type='FullStateDictConfig', offload_to_cpu=False),
+        optim_state_dict_config=dict(type='FullOptimStateDictConfig', offload_to_cpu=False),
+    ),
+    model_wrapper=dict(
+        use_orig_params=True,
+        device_id='cpu',
+        # Small parts, so that convolutions within a block have weights of their own to gather.
+        auto_wrap_policy=dict(type='torch.distributed.fsdp.wrap.size_based_auto_wrap_policy', min_num_params=200),
+    ),
+)
+train_dataloader = dict(batch_size=1)
+custom_hooks = [dict(type='CountParts')]
+load_from = 'start.pth'
+"""
+
+
+def test_sharded_training_equals_one_process(tmp_path, float64):
+    """FSDP by mmengine's ``FlexibleRunner`` and the tools: its weights, and evaluations with and without it."""
     one = tmp_path / 'one'
-    start = train(one, 1, **{'optim_wrapper.optimizer': SGD}, **FROZEN_BATCHNORM)
-    output = run_program(SHARDED, tmp_path, tmp_path / 'two', environment=environment, processes=2)
-    assert 'sharded 2' in output
-    checkpoint = tmp_path / 'two/epoch_1.pth'
-    assert relative_difference(checkpoint, one / 'epoch_1.pth', start) <= 1e-10
-    assert last_metrics(tmp_path / 'two')['score'] == pytest.approx(last_metrics(one)['score'], rel=1e-9)
-    path, _ = read_whole_model(str(checkpoint))
-    runner = toy_runner(tmp_path / 'three', 1, load_from=path)
-    assert runner.val()['score'] == pytest.approx(last_metrics(one)['score'], rel=1e-9)
+    options = {'optim_wrapper.type': 'OptimWrapper', 'optim_wrapper.optimizer': SGD, **FROZEN_BATCHNORM}
+    cfg = toy_runner(one, 1, **options).cfg
+    start = train(one, 1, **options)
+    torch.save(dict(meta={}, state_dict=start), tmp_path / 'start.pth')
+    for part in ('dataloader', 'cfg', 'evaluator'):
+        cfg[f'test_{part}'] = cfg[f'val_{part}']
+    cfg.custom_imports = dict(imports=['double', 'test_training_faults'], allow_failed_imports=False)
+    cfg.dump(tmp_path / 'one.py')
+    (tmp_path / 'double.py').write_text(DOUBLE)
+    (tmp_path / 'two.py').write_text(SHARDED)
+    done = run_in_processes('dist_train.sh', 'two.py', 2, '--work-dir', 'two', cwd=tmp_path)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-4000:]
+    assert 'Load checkpoint from start.pth' in output and 'sharded 2' in output
+    assert 'got no gradient' not in output
+    found = tmp_path / 'two/epoch_1.pth'
+    assert relative_difference(found, one / 'epoch_1.pth', start) <= 1e-10
+    done = tool('test.py', 'one.py', found, '--json', 'one.json', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_in_processes('dist_test.sh', 'two.py', found, 2, '--json', 'two.json', cwd=tmp_path)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    scores = [json.loads((tmp_path / name).read_text())['score'] for name in ('one.json', 'two.json')]
+    assert scores == pytest.approx([last_metrics(one)['score']] * 2, rel=1e-9)
 
 
 # Nothing random, and no BatchNorm that is trained: it would see other images in each process.
 SAME_STEPS = {
-    SEGMENTOR: "decode_head=dict(norm_cfg=dict(_delete_=True, type='GN', num_groups=8))",
+    # With class weights, mmsegmentation divides a loss by their sum over the pixels of the batch.
+    SEGMENTOR: "decode_head=dict(norm_cfg=dict(_delete_=True, type='GN', num_groups=8), "
+    'loss_decode=dict(class_weight=None))',
     # Samplers that take every proposal.
     DETECTOR: 'train_cfg=dict(rpn=dict(sampler=dict(num=10**6)), rcnn=dict(sampler=dict(num=10**6)))',
 }
@@ -156,7 +218,7 @@ def test_dense_models_train_in_two_processes_as_in_one(workspace, tmp_path, conf
             done = tool('train.py', file, *arguments, cwd=workspace)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     found, start = tmp_path / f'two/iter_{iterations}.pth', weights(tmp_path / 'two/iter_1.pth')
-    for name, tolerance in (('accumulated', 1e-6), ('joint', 0.1)):
+    for name, tolerance in (('accumulated', 1e-6), ('joint', 0.1 if config == DETECTOR else 5e-6)):
         difference = relative_difference(tmp_path / name / f'iter_{runs[name][1]}.pth', found, start)
         assert difference <= tolerance
     if config == DETECTOR:

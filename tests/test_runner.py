@@ -2,19 +2,25 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import DefaultSampler
+from mmengine.dataset import BaseDataset, ConcatDataset, DefaultSampler
 from mmengine.runner import Runner
+from test_training_faults import toy_runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from soft_mm.hooks import BatchNormCheckHook, MissingGradientHook
+from soft_mm.hooks import BatchNormCheckHook, MissingGradientHook, PictureNameHook
 from soft_mm.runner import (
+    build_runner,
     data_errors,
     find_start,
     load_config,
@@ -22,6 +28,7 @@ from soft_mm.runner import (
     revert_sync_batchnorm,
     show_pictures,
     use_test_time_augmentation,
+    writable_file,
 )
 from soft_mm.utils import DataError, dicts_in, without_pretrained
 
@@ -120,6 +127,44 @@ def test_pictures_of_other_toolboxes_are_refused():
         show_pictures(cfg, 'pictures')
 
 
+def test_pictures_of_several_processes_are_refused():
+    cfg = Config(dict(default_scope='mmdet', launcher='pytorch'))
+    with pytest.raises(ValueError, match='--show-dir: only the first of several processes draws its pictures: leave'):
+        show_pictures(cfg, 'pictures')
+
+
+class Images(BaseDataset):
+    def load_data_list(self):
+        return [dict(img_path=path) for path in self.ann_file.split()]
+
+
+@pytest.mark.parametrize('parts', [['a/1.png b/1.png'], ['a/1.png a/2.png', 'b/2.png b/1.png']], ids=str)
+def test_two_pictures_with_one_name_are_refused(parts):
+    dataset = ConcatDataset([Images(part) for part in parts])
+    runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=dataset))
+    name = '1' if len(parts) == 1 else '2'
+    with pytest.raises(DataError, match=rf'^--show-dir: a/{name}\.png and b/{name}\.png have the same name, so the'):
+        PictureNameHook().before_test(runner)
+
+
+@pytest.mark.parametrize('paths', ['a/1.png b/2.png', 'a/1.png a/1.png'])
+def test_pictures_with_names_of_their_own_are_drawn(paths):
+    for dataset in (Images(paths), [1, 2]):
+        PictureNameHook().before_test(SimpleNamespace(test_dataloader=SimpleNamespace(dataset=dataset)))
+
+
+def test_output_file_is_tried_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    new = tmp_path / 'new/folder/file.json'
+    assert writable_file('~/new/folder/file.json') == new and new.parent.is_dir() and not new.exists()
+    new.write_text('old')
+    assert writable_file(new) == new and new.read_text() == 'old'
+    assert writable_file('/dev/stdout') == Path('/dev/stdout')
+    for wrong in (new.parent, new / 'file.json', Path('/proc/file.json')):
+        with pytest.raises(ValueError, match=f'^{wrong} cannot be written: .*; give a file in a folder where you may'):
+            writable_file(wrong)
+
+
 def test_metrics_that_are_no_numbers_can_be_written():
     metrics = {
         'top1': np.float32(0.5),
@@ -147,6 +192,22 @@ def test_batchnorm_between_gpus_becomes_ordinary():
     revert_sync_batchnorm(model)
     assert model.decode_head.norm_cfg == model.auxiliary_head[0].norm_cfg == dict(type='BN', requires_grad=True)
     assert model.other.type == 'A'
+
+
+def test_synchronisation_of_batchnorm_is_left_out_on_the_cpu(monkeypatch):
+    """The option of both runners, once for each process."""
+    said = []
+    monkeypatch.setattr('soft_mm.runner.print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr('soft_mm.runner.get_device', lambda: 'cpu')
+    monkeypatch.setattr('torch.distributed.init_process_group', lambda backend: None)
+    monkeypatch.setattr('soft_mm.runner.Runner.from_cfg', lambda cfg: cfg)
+    for place in ({}, dict(strategy=dict(type='DDPStrategy'))):
+        cfg = Config(dict(launcher='pytorch', model=dict(norm_cfg=dict(type='SyncBN')), **place))
+        (cfg.strategy if place else cfg).sync_bn = 'torch'
+        built = build_runner(cfg)
+        assert (built.strategy if place else built).sync_bn is None and built.model.norm_cfg.type == 'BN'
+    assert len(said) == 2
+    assert all(text.startswith("sync_bn='torch' is left out, because PyTorch synchronises") for text in said)
 
 
 def test_pretrained_weights_of_nested_backbones_are_removed():
@@ -250,7 +311,44 @@ def test_parameters_without_a_gradient_are_named_once(used, monkeypatch):
         assert message.startswith('2 parameters got no gradient in the first step, such as unused.bias, unused.weight.')
 
 
+@pytest.mark.filterwarnings('ignore:torch.utils.checkpoint', 'ignore:None of the inputs')
+@pytest.mark.parametrize('stages', [[], [0], [1]], ids=str)
+def test_activation_checkpointing_of_mmengine_is_named(tmp_path, monkeypatch, stages):
+    """It is reentrant: the input of the first stage, the image, needs no gradient, so the stage gets none itself."""
+    said = []
+    monkeypatch.setattr('soft_mm.hooks.print_log', lambda text, *_: said.append(text))
+    names = [f'backbone.stages.{stage}' for stage in stages]
+    watch = [dict(type='soft_mm.MissingGradientHook')]
+    runner = toy_runner(tmp_path, 1, custom_hooks=watch, activation_checkpointing=names)
+    runner.train()
+    if stages == [0]:
+        (message,) = said
+        count = sum(1 for _ in runner.model.backbone.stages[0].parameters())
+        assert message.startswith(f'{count} parameters got no gradient in the first step, such as backbone.stages.0.')
+        assert message.endswith("use with_cp=True of the backbone instead of mmengine's activation_checkpointing")
+    else:
+        assert said == []
+
+
 def test_missing_gradients_are_watched_in_every_training(tmp_path):
     cfg = dict(type='soft_mm.MissingGradientHook')
     runner = Runner(model=nn.Linear(2, 2), work_dir=str(tmp_path), custom_hooks=[cfg], experiment_name='hooks')
     assert any(isinstance(hook, MissingGradientHook) for hook in runner.hooks)
+
+
+def test_unfinished_checkpoints_of_other_processes_that_run_are_kept(tmp_path):
+    """An earlier instance of the training may still write while the next one starts."""
+    running = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    ended = subprocess.Popen([sys.executable, '-c', ''])
+    ended.wait()
+    writers = (running.pid, ended.pid, os.getpid(), 2**70)
+    kept, *removed = files = [tmp_path / f'.epoch_9.pth.{writer}.part' for writer in (*writers, 'other')]
+    for file in files:
+        file.touch()
+    try:
+        toy_runner(tmp_path, 1).train()
+        assert kept.exists() and not any(file.exists() for file in removed)
+    finally:
+        running.communicate(b'\n')
+    toy_runner(tmp_path, 2).train()
+    assert not kept.exists()

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -194,10 +195,12 @@ def test_training_does_not_run_code_of_a_checkpoint(tmp_path, monkeypatch, optio
     assert code == 2 and 'code.pth is refused' in said and not (tmp_path / 'trace').exists()
 
 
-def test_training_does_not_start_from_the_other_form_of_attention(tmp_path, monkeypatch):
+@pytest.mark.parametrize('runner', ['Runner', 'FlexibleRunner'])
+def test_training_does_not_start_from_the_other_form_of_attention(tmp_path, monkeypatch, runner):
     monkeypatch.chdir(tmp_path)
     torch.save(dict(meta=dict(normalized=True), state_dict={}), 'norm.pth')
-    code, said = tool_here('train.py', CLASSIFIER, '--cfg-options', 'load_from=norm.pth')
+    options = ('load_from=norm.pth', f'runner_type={runner}')
+    code, said = tool_here('train.py', CLASSIFIER, '--cfg-options', *options)
     assert code == 2 and 'the attention in norm.pth is normalised' in said and 'Set normalized=True' in said
 
 
@@ -227,9 +230,57 @@ def test_mixed_precision_on_the_cpu_takes_bfloat16_only(workspace, monkeypatch):
     assert said.returncode.split(': ', 1)[1].startswith("optim_wrapper: dtype='float16': expected bfloat16")
 
 
-def test_checkpoint_of_another_model_is_not_evaluated(workspace, checkpoints):
-    done = tool('test.py', CLASSIFIER, checkpoints['fpn'], '--cfg-options', *TEST_OPTIONS, cwd=workspace)
-    assert done.returncode == 2 and 'does not fit the model of this config' in done.stderr
+@pytest.mark.parametrize('runner', ['Runner', 'FlexibleRunner'])
+def test_checkpoint_of_another_model_is_not_evaluated(workspace, checkpoints, monkeypatch, runner):
+    monkeypatch.chdir(workspace)
+    options = (*TEST_OPTIONS, f'runner_type={runner}')
+    code, said = tool_here('test.py', CLASSIFIER, checkpoints['fpn'], '--cfg-options', *options)
+    assert code == 2 and 'does not fit the model of this config' in said
+
+
+def test_metrics_that_are_no_numbers_reach_the_file(workspace, checkpoints, tmp_path, monkeypatch):
+    """A confusion matrix, in a folder that is new. ``~`` in both paths is the home folder."""
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    shutil.copy(checkpoints['classification'], tmp_path / 'classifier.pth')
+    metrics = "[dict(type='Accuracy', topk=(1,)), dict(type='ConfusionMatrix')]"
+    (tmp_path / 'mine.py').write_text(f"_base_ = '{CLASSIFIER}'\ntest_evaluator = {metrics}\n")
+    arguments = ('~/classifier.pth', '--json=~/new/folder/metrics.json', '--work-dir=~/work')
+    done = run_tool('test.py', tmp_path / 'mine.py', *arguments, '--cfg-options', *TEST_OPTIONS)
+    assert done.returncode == 0, done
+    found = json.loads((tmp_path / 'new/folder/metrics.json').read_text())
+    matrix = np.array(found['confusion_matrix/result'])
+    assert matrix.shape == (10, 10) and matrix.sum() == 6
+    assert found['accuracy/top1'] == pytest.approx(100 * matrix.trace() / 6)
+    assert (tmp_path / 'work').is_dir()
+
+
+@pytest.mark.parametrize('name', ['file/metrics.json', 'folder'])
+def test_metrics_that_cannot_be_written_are_refused_before_the_evaluation(checkpoints, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder').mkdir()
+    code, said = tool_here('test.py', CLASSIFIER, checkpoints['classification'], '--json', name)
+    assert code == 2 and f'{name} cannot be written: ' in said and not (tmp_path / 'work_dirs').exists()
+
+
+def test_pictures_with_one_name_are_refused_before_the_evaluation(workspace, checkpoints, tmp_path, monkeypatch):
+    """mmdet would write the picture of the second image over that of the first."""
+    monkeypatch.chdir(workspace)
+    source = workspace / 'data/photo_digits_demo'
+    annotations = json.loads((source / 'annotations/instances_val.json').read_text())
+    for image, name in zip(annotations['images'], ('a/1.png', 'b/1.png', 'b/2.png')):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source / 'val/scenes/images' / image['file_name'], tmp_path / name)
+        image['file_name'] = name
+    (tmp_path / 'annotations.json').write_text(json.dumps(annotations))
+    options = [f'test_dataloader.dataset.data_root={tmp_path}/', 'test_dataloader.dataset.ann_file=annotations.json']
+    options += ['test_dataloader.dataset.data_prefix.img=', f'test_evaluator.ann_file={tmp_path}/annotations.json']
+    arguments = (config_of(workspace, 'mask-rcnn'), checkpoints['mask-rcnn'], '--show-dir', tmp_path / 'pictures')
+    done = run_tool('test.py', *arguments, '--work-dir', tmp_path / 'work', '--cfg-options', *TEST_OPTIONS, *options)
+    first, second = tmp_path / 'a/1.png', tmp_path / 'b/1.png'
+    assert done.returncode.startswith(f'--show-dir: {first} and {second} have the same name, so the picture of one')
+    assert not (tmp_path / 'pictures').exists()
 
 
 def test_evaluates_in_mixed_precision(workspace, checkpoints):

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint with a config of mmpretrain, mmdet or mmsegmentation, or an ONNX file exported from it."""
 
 import json
-from pathlib import Path
+import os
 
 from mmengine.dist import is_main_process
 
@@ -18,6 +18,7 @@ from soft_mm.runner import (
     runner_parser,
     show_pictures,
     use_test_time_augmentation,
+    writable_file,
 )
 from soft_mm.utils import without_pretrained
 
@@ -37,12 +38,14 @@ def main():
         cfg = load_config(parser, args)
         exported = args.checkpoint.endswith('.onnx')
         try:
+            json_file = writable_file(args.json) if args.json else None
             if exported:
                 if args.amp or args.tta or args.launcher != 'none':
                     parser.error(f'{args.checkpoint} takes neither --amp nor --tta nor --launcher: leave them out')
                 # Checked here, because the runner adds the names of its own classes to a message.
-                check_task(OnnxModel(args.checkpoint), cfg)
-                cfg.model, cfg.load_from = dict(type='OnnxTestModel', file=args.checkpoint), None
+                file = os.path.expanduser(args.checkpoint)
+                check_task(OnnxModel(file), cfg)
+                cfg.model, cfg.load_from = dict(type='OnnxTestModel', file=file), None
             else:
                 # Read safely first, because mmengine would run code in the file.
                 cfg.load_from, weights = read_whole_model(args.checkpoint)
@@ -67,9 +70,9 @@ def main():
             except ValueError as error:
                 parser.error(str(error))
         metrics = runner.test()
-    if args.json and is_main_process():
+    if json_file and is_main_process():
         # Not written atomically, because a device such as /dev/stdout cannot be renamed.
-        Path(args.json).write_text(json.dumps(plain_values(metrics), indent=2) + '\n')
+        json_file.write_text(json.dumps(plain_values(metrics), indent=2) + '\n')
 
 
 if __name__ == '__main__':

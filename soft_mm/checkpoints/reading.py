@@ -113,12 +113,16 @@ def load_weights(source: str | Path) -> dict[str, Any]:
             return content
         with import_safetensors(file).safe_open(file, 'pt') as opened:
             return dict(state_dict=content, meta=opened.metadata() or {})
-    except ValueError as error:
+    except _DamagedFile as error:
         if not is_address(source):
             raise
         # Otherwise the cache would return a damaged download again.
         Path(file).unlink(missing_ok=True)
         raise ValueError(f'{source}: {error}. The download was removed; try again') from None
+
+
+class _DamagedFile(ValueError):
+    """A file is cut off or something else than a checkpoint, so another download may help."""
 
 
 def import_safetensors(path: str | Path) -> ModuleType:
@@ -150,20 +154,20 @@ def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
     is_archive = head.startswith(b'PK\x03\x04')
     start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if start.startswith((b'<!', b'<html', b'<?xml')):
-        raise ValueError(f'{path} is a web page, not a checkpoint: download the file itself')
+        raise _DamagedFile(f'{path} is a web page, not a checkpoint: download the file itself')
     if path.suffix == '.safetensors':
         safetensors = import_safetensors(path)
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, ValueError) as error:
-            raise ValueError(
+            raise _DamagedFile(
                 f'{path} cannot be read as safetensors, it may be cut off: {error}; copy it again'
             ) from None
     try:
         script = _is_script(path, is_archive)
     except Exception as error:
         # Damaged archives raise exceptions of many types.
-        raise ValueError(f'{path} is not a checkpoint of PyTorch, or is cut off ({error})') from None
+        raise _DamagedFile(f'{path} is not a checkpoint of PyTorch, or is cut off ({error})') from None
     if script:
         # PyTorch before 2.6 runs the code of such archives even with weights_only.
         raise ValueError(
@@ -184,7 +188,7 @@ def _read(path: str | Path, safe_globals: list[type]) -> dict[str, Any]:
             ) from None
         message = str(error).partition('WeightsUnpickler error:')[2] or str(error)
         reason = (message.strip() or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f'{path} is not a checkpoint of PyTorch, or is cut off ({reason})') from None
+        raise _DamagedFile(f'{path} is not a checkpoint of PyTorch, or is cut off ({reason})') from None
     if not isinstance(loaded, dict):
         raise ValueError(f'{path} holds a {type(loaded).__name__}: expected a dict of weights')
     if _has_meta_tensor(loaded):

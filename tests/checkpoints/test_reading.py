@@ -228,15 +228,49 @@ def test_archives_with_code_are_refused(tmp_path, read):
             read(str(tmp_path / name))
 
 
-def test_a_damaged_download_is_not_used_again(server):
+@pytest.mark.parametrize(
+    ('name', 'damaged', 'message'),
+    [
+        ('tiny.pth', lambda whole: whole[: len(whole) // 2], 'is cut off'),
+        ('tiny.pth', lambda whole: b'<!DOCTYPE html>', 'is a web page'),
+        ('tiny.safetensors', lambda whole: whole[:-4], 'cannot be read as safetensors'),
+    ],
+)
+def test_a_damaged_download_is_not_used_again(server, name, damaged, message):
     address, folder = server
-    torch.save(dict(state_dict=dict(weight=torch.ones(2))), folder / 'tiny.pth')
-    whole = (folder / 'tiny.pth').read_bytes()
-    (folder / 'tiny.pth').write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r'tiny.pth: .* is cut off .*The download was removed'):
-        load_weights(f'{address}/tiny.pth')
-    (folder / 'tiny.pth').write_bytes(whole)
-    assert torch.equal(load_weights(f'{address}/tiny.pth')['state_dict']['weight'], torch.ones(2))
+    weights = dict(weight=torch.ones(2))
+    if name.endswith('.pth'):
+        torch.save(dict(state_dict=weights), folder / name)
+    else:
+        pytest.importorskip('safetensors.torch').save_file(weights, folder / name)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(damaged(whole))
+    with pytest.raises(ValueError, match=rf'{name}: .* {message}.*\. The download was removed; try again$'):
+        load_weights(f'{address}/{name}')
+    (folder / name).write_bytes(whole)
+    assert torch.equal(load_weights(f'{address}/{name}')['state_dict']['weight'], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('code.pth', lambda path: dict(extra=Harmful(path)), 'is refused: it holds an object that may run code'),
+        ('list.pth', lambda path: [torch.ones(1)], 'holds a list: expected a dict of weights'),
+        ('tiny.safetensors', lambda path: {}, 'needs the package safetensors: pip install safetensors'),
+    ],
+)
+def test_a_download_that_is_not_damaged_is_kept(server, tmp_path, monkeypatch, name, content, message):
+    """Another download would not help."""
+    address, folder = server
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    torch.save(content(tmp_path / 'trace'), folder / name)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(f'{address}/{name}')
+    assert 'try again' not in str(caught.value)
+    served = (folder / name).read_bytes()
+    (folder / name).unlink()
+    assert Path(local_file(f'{address}/{name}')).read_bytes() == served
 
 
 @pytest.mark.parametrize(
