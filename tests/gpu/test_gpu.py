@@ -1,6 +1,7 @@
 """What only a CUDA GPU can show. ``make test-gpu`` runs this with torch, timm and mmengine alone."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from soft_mm import SOFT
 from soft_mm.ops import chunked_mlp, reference
 
 pytestmark = pytest.mark.gpu
+# Deterministic products need this setting of cuBLAS. PyTorch reads it once, at the first product.
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 DEFAULT = dict(solver='cholesky', max_landmarks=7)
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -137,6 +140,21 @@ def test_nothing_waits_for_the_gpu(name):
         loss(model(x)).backward()
         with torch.no_grad():
             model.eval()(x)
+
+
+@pytest.mark.parametrize('options', [{}, dict(normalized=True), dict(solver='newton')], ids=str)
+def test_deterministic_gradients_of_bounded_landmarks(options):
+    """PyTorch refuses an operator without a deterministic gradient."""
+    model, x = build(dict(DEFAULT, **options), train=True), image()
+    _, expected = gradients(model, x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found, again = (gradients(model, x)[1] for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.keys() == again.keys() == expected.keys()
+    assert all(torch.equal(gradient, again[key]) for key, gradient in found.items())
+    assert gradient_error(found, expected) < 1e-2
 
 
 @pytest.mark.parametrize('name', ['newton', 'newton normalized', 'cholesky', 'cholesky normalized'])
