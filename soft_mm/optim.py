@@ -178,11 +178,21 @@ class CPUAmpOptimWrapper(OptimWrapper):
         with super().optim_context(model):
             while is_model_wrapper(model):
                 model = model.get_submodule('module')
-            names = self.modules
-            if names is None and hasattr(model, 'roi_head'):
-                names = [name for name in ('backbone', 'neck') if isinstance(getattr(model, name, None), nn.Module)]
+            names = _bodies_of_detectors(model) if self.modules is None else self.modules
             with torch.autocast('cpu', torch.bfloat16) if names is None else _autocast_in(model, names):
                 yield
+
+
+def _bodies_of_detectors(model: nn.Module) -> list[str] | None:
+    """Return the names of the backbones and necks of two-stage detectors in a model, None if there are none."""
+    names = [
+        f'{prefix}.{part}'.lstrip('.')
+        for prefix, module in model.named_modules()
+        if hasattr(module, 'roi_head')
+        for part in ('backbone', 'neck')
+        if isinstance(getattr(module, part, None), nn.Module)
+    ]
+    return names or None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Command line and runner of ``tools/train.py`` and ``tools/test.py``, for configs of any toolbox."""
 
 import argparse
+import ast
 import contextlib
 import errno
 import json
@@ -32,6 +33,57 @@ from .registry import find_registered
 from .utils import DataError, check_config_name, dicts_in, inner_dataset, read_config
 
 
+class ConfigOptions(DictAction):
+    """mmengine's ``DictAction``, which also takes dicts and quoted strings.
+
+    ``DictAction`` removes the spaces of a string, so it cannot name every file, and does not end for ``{...}``.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Read ``KEY=VALUE`` pairs."""
+        literals, others = {}, []
+        for pair in values:
+            key, sign, text = pair.partition('=')
+            if not sign:
+                parser.error(f'--cfg-options {pair}: expected KEY=VALUE')
+            try:
+                value = _read_literal(text)
+            except (SyntaxError, ValueError):
+                if text.startswith(('{', 'dict(')):
+                    parser.error(
+                        f'--cfg-options {key}: {text!r} is not a dict of numbers, strings, lists and dicts; quote '
+                        f'strings, as in {key}="dict(type=\'name\')"'
+                    )
+                # A list of quoted strings.
+                value = None
+            if value is None:
+                others.append(pair)
+            else:
+                literals[key] = value
+        super().__call__(parser, namespace, others, option_string)
+        getattr(namespace, self.dest).update(literals)
+
+
+def _read_literal(text: str) -> Any:
+    """Read a quoted string, a string with spaces or a dict. Return None for what ``DictAction`` reads."""
+    if text.startswith(('"', "'", '{', 'dict(')):
+        value = _evaluate(ast.parse(text, mode='eval').body)
+        return None if isinstance(value, tuple) else value
+    return text if ' ' in text.strip() and not set(text) & set(',[](){}\'"') else None
+
+
+def _evaluate(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
+        return {keyword.arg: _evaluate(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+    return ast.literal_eval(node)
+
+
 def runner_parser(description: str) -> argparse.ArgumentParser:
     """Build a parser with the arguments that training and testing share.
 
@@ -51,7 +103,7 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
     # torch.distributed.launch passes this argument, but mmengine reads the environment variable LOCAL_RANK.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings of the config'
+        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE', help='override settings of the config'
     )
     add_traceback_option(parser)
     return parser

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'projects/photo_digits/configs').glob('*.py'))
@@ -22,6 +23,24 @@ OPTIONS = [
     'train_dataloader.batch_size=2',
     'default_hooks.checkpoint.interval=1',
 ]
+
+
+def small_classifier():
+    """Config of a reduced classifier that trains for three epochs of six steps. Only the order of images is random."""
+    cfg = Config.fromfile(CLASSIFIER)
+    cfg.model.backbone.arch = dict(embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), depths=(1, 1, 2, 1))
+    cfg.model.head.in_channels = 64
+    cfg.train_dataloader.batch_size = 4
+    cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=True)
+    cfg.train_dataloader.dataset = dict(type='PhotoDigitsCrops', length=24, pipeline=cfg.train_pipeline)
+    cfg.val_dataloader.num_workers = cfg.test_dataloader.num_workers = 0
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=3, val_interval=3)
+    cfg.default_hooks = dict(
+        logger=dict(type='LoggerHook', interval=1),
+        checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
+    )
+    cfg.log_processor.by_epoch, cfg.param_scheduler = True, []
+    return cfg
 
 
 @pytest.fixture(scope='session')

@@ -163,6 +163,26 @@ def test_only_the_given_modules_compute_in_bfloat16():
             pass
 
 
+def test_bodies_of_nested_detectors_compute_in_bfloat16():
+    """As in mmdet's SoftTeacher, whose heads stay in float32."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.roi_head = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            self.inside = nn.functional.linear(x, self.roi_head.weight.new_ones(2, 5)).dtype
+            return self.roi_head(self.backbone(x))
+
+    model, x = nn.ModuleDict(dict(student=Detector(), teacher=Detector())), torch.randn(3, 5)
+    with wrapper_of(model).optim_context(model):
+        found = [model[name](x) for name in model]
+    for detector, out in zip(model.values(), found):
+        assert detector.inside == torch.float32
+        assert torch.equal(out, detector.roi_head(in_bfloat16(detector.backbone, x).float()))
+
+
 def test_modules_are_whole_again_after_an_error():
     model = Chain()
     with pytest.raises(RuntimeError, match='shapes'), wrapper_of(model, modules=['one']).optim_context(model):

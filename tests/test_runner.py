@@ -26,6 +26,7 @@ from soft_mm.runner import (
     load_config,
     plain_values,
     revert_sync_batchnorm,
+    runner_parser,
     show_pictures,
     use_test_time_augmentation,
     writable_file,
@@ -352,3 +353,51 @@ def test_unfinished_checkpoints_of_other_processes_that_run_are_kept(tmp_path):
         running.communicate(b'\n')
     toy_runner(tmp_path, 2).train()
     assert not kept.exists()
+
+
+def options_of(*pairs):
+    return runner_parser('A tool.').parse_args(['config.py', '--cfg-options', *pairs]).cfg_options
+
+
+def test_options_of_the_command_line():
+    found = options_of(
+        'a=1',
+        'b=1,2',
+        'c=(512,512)',
+        "d=['x','y']",
+        'e=None',
+        'load_from=/tmp/my data/a file.pth',
+        'f="/tmp/one, two.pth"',
+        'g={"type": "x", "sizes": (1, 2)}',
+        "h=dict(mode='slide', crop_size=(512, 512), inner=dict(a=None))",
+        'i="a","b"',
+        'j=',
+    )
+    assert found == dict(
+        a=1,
+        b=[1, 2],
+        c=(512, 512),
+        d=['x', 'y'],
+        e=None,
+        load_from='/tmp/my data/a file.pth',
+        f='/tmp/one, two.pth',
+        g=dict(type='x', sizes=(1, 2)),
+        h=dict(mode='slide', crop_size=(512, 512), inner=dict(a=None)),
+        i=['a', 'b'],
+        j='',
+    )
+
+
+@pytest.mark.parametrize(
+    ('pair', 'message'),
+    [
+        ('model', 'expected KEY=VALUE'),
+        ('model={1: x}', 'is not a dict of numbers, strings'),
+        ('model=dict(type=name)', 'is not a dict of numbers, strings'),
+        ('model=dict(__import__("os").getcwd())', 'is not a dict of numbers, strings'),
+    ],
+)
+def test_options_that_cannot_be_read(pair, message, capsys):
+    with pytest.raises(SystemExit):
+        options_of(pair)
+    assert message in capsys.readouterr().err

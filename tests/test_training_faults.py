@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,16 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from digits_workspace import ROOT, small_classifier
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, METRICS
+from mmengine.registry import DATASETS, HOOKS, METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from programs import run_tool
 from torch.utils.data import Dataset
 
 from soft_mm import SOFT, hooks
 from soft_mm.runner import build_runner, find_newest_checkpoint, find_start, full_disk, protect_checkpoints
+from soft_mm.utils import build_model
 
 ARCH = dict(embed_dims=(4, 4, 6, 8), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1))
 
@@ -78,6 +82,18 @@ class RisingScore(BaseMetric):
     def compute_metrics(self, results):
         RisingScore.count += 1
         return dict(rising=RisingScore.count)
+
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    """Kill the process after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def toy_runner(work_dir, epochs, **changes):
@@ -234,6 +250,83 @@ def test_kill_while_a_checkpoint_is_written(tmp_path, environment):
     toy_runner(tmp_path / 'whole', 3).train()
     assert_same_weights(run / 'epoch_3.pth', tmp_path / 'whole/epoch_3.pth')
     assert not list(run.glob('.*.part'))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('unit', ['epoch', 'iter'])
+def test_kill_between_two_checkpoints(workspace, tmp_path, environment, unit):
+    """A classifier of mmpretrain with a data process, killed in the middle of the second of three epochs."""
+    cfg = small_classifier()
+    cfg.train_dataloader.num_workers, cfg.custom_hooks = 1, EMA
+    if unit == 'iter':
+        cfg.train_cfg, cfg.log_processor.by_epoch = dict(by_epoch=False, max_iters=18, val_interval=18), False
+        cfg.train_dataloader.sampler.type = 'InfiniteSampler'
+        cfg.default_hooks.checkpoint.update(by_epoch=False, interval=6)
+    cfg.dump(tmp_path / 'whole.py')
+    cfg.custom_imports.imports.append('test_training_faults')
+    cfg.custom_hooks = [*EMA, dict(type='KillHook', step=9)]
+    cfg.dump(tmp_path / 'killed.py')
+    environment = environment | dict(PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}')
+
+    def train(config, folder, *options):
+        command = [sys.executable, str(ROOT / 'tools/train.py'), str(tmp_path / config), '--work-dir', str(folder)]
+        done = subprocess.run([*command, *options], cwd=workspace, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    run, whole = tmp_path / 'run', tmp_path / 'whole'
+    first, last = (f'epoch_{n}.pth' if unit == 'epoch' else f'iter_{6 * n}.pth' for n in (1, 3))
+    code, said = train('killed.py', run)
+    assert code == -signal.SIGKILL, said[-2000:]
+    assert names(run) == [first] and not list(run.glob('.*.part'))
+    code, said = train('whole.py', run, '--resume')
+    assert code == 0 and re.search(r'resumed epoch: \d+, iter: 6\b', said), said[-2000:]
+    assert names(run) == [last]
+    assert train('whole.py', whole)[0] == 0
+    assert_same_weights(run / last, whole / last)
+
+
+# Settings of a training without random numbers, and their random forms.
+RANDOM = dict(
+    shuffle={'train_dataloader.sampler.shuffle': (False, True)},
+    drop_path={'model.backbone.drop_path_rate': (0.0, 0.5)},
+    augmentation={
+        'train_dataloader.dataset.pipeline': (
+            [dict(type='PackInputs')],
+            [
+                dict(type='RandomResizedCrop', scale=64),
+                dict(type='RandAugment', policies='timm_increasing', num_policies=2, total_level=10, magnitude_level=9),
+                dict(type='RandomErasing', erase_prob=0.5, mode='rand'),
+                dict(type='PackInputs'),
+            ],
+        ),
+        'model.train_cfg': (None, dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)])),
+    },
+)
+
+
+@pytest.mark.parametrize('parts', [[], ['shuffle'], ['drop_path'], ['augmentation'], [*RANDOM]], ids='-'.join)
+def test_same_seed_gives_the_same_weights_twice(workspace, tmp_path, monkeypatch, parts):
+    """Another seed, from the same start, gives others if and only if something is random."""
+    monkeypatch.chdir(workspace)
+    cfg = small_classifier()
+    cfg.train_dataloader.num_workers, cfg.train_cfg.max_epochs = 2, 1
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    for part, settings in RANDOM.items():
+        cfg.merge_from_dict({key: values[part in parts] for key, values in settings.items()})
+    cfg.load_from = str(tmp_path / 'start.pth')
+    torch.manual_seed(0)
+    torch.save(dict(state_dict=build_model(cfg).state_dict()), cfg.load_from)
+    for name, seed in (('one', 1), ('again', 1), ('other', 2)):
+        cfg.randomness = dict(seed=seed)
+        cfg.dump(tmp_path / f'{name}.py')
+        done = run_tool('train.py', tmp_path / f'{name}.py', '--work-dir', tmp_path / name)
+        assert done.returncode == 0, done
+    one, again, other, start = (
+        weights(path) for path in (*(tmp_path / f'{n}/epoch_1.pth' for n in ('one', 'again', 'other')), cfg.load_from)
+    )
+    assert all(torch.equal(again[key], value) for key, value in one.items())
+    assert all(torch.equal(other[key], value) for key, value in one.items()) == (not parts)
+    assert any(not torch.equal(start[key], value) for key, value in one.items())
 
 
 @pytest.mark.parametrize('content', ['', None, '/moved/work_dirs/run/epoch_2.pth'])

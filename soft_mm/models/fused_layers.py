@@ -9,7 +9,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from soft_mm.ops.kernel import cpu_autocast_dtype, is_autocast_enabled
-from soft_mm.ops.mlp import has_fused_linear
+from soft_mm.ops.linear import has_fused_linear, linear
 from soft_mm.ops.recording import is_recorded
 
 # Attributes of a layer, and of `torch.nn.modules.module` with the prefix `_global`, that hold hooks.
@@ -77,6 +77,19 @@ def fused_dtype(x: Tensor, mlp: nn.Sequential) -> torch.dtype | None:
         return None
     fits = {x.dtype, *(parameter.dtype for parameter in parameters)} <= {dtype, torch.float32 if autocast else dtype}
     return dtype if fits else None
+
+
+def call_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """Call a linear layer, by :func:`soft_mm.ops.linear.linear` if it was not replaced, wrapped, adapted or hooked.
+
+    Args:
+        layer (nn.Module): Layer.
+        x (Tensor): Tokens ``(..., C)``.
+
+    Returns:
+        Tensor: ``(..., H)``.
+    """
+    return linear(x, layer.weight, layer.bias) if can_fuse(x, [layer], [nn.Linear]) else layer(x)  # type: ignore[arg-type]
 
 
 def fused_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:

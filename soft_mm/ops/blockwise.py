@@ -47,7 +47,9 @@ def _empty_tokens(tokens: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 def _factorise(matrix: Tensor) -> Tensor:
     """Return the Cholesky factor of each matrix, NaN if it is not positive definite, without a host synchronisation."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    return factor.masked_fill((failed > 0)[..., None, None], torch.nan)
+    succeeded = (failed == 0).to(factor.dtype)[..., None, None]
+    # 1 or 0 / 0, because a file of `torch.export` cannot hold a constant NaN.
+    return factor * (succeeded / succeeded)
 
 
 def _gather(tokens: Tensor, landmarks: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,6 @@
 """Linear layer, GELU and linear layer in chunks of tokens on a CPU, forward and backward."""
 
 import math
-import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .kernel import no_autocast
+from .linear import fused_linear, has_fused_linear, outer_product
 from .recording import is_batch_of_gradients, needs_standard_operators
-
-# oneDNN's product with the activation on each block of the result, which `torch.compile` uses for frozen weights.
-# PyTorch's own GELU with tanh is several times slower than its GELU with erf. Only x86 was measured.
-_ON_X86 = torch.backends.mkldnn.is_available() and platform.machine().lower() in ('x86_64', 'amd64')
-_FUSED: Any = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if _ON_X86 else None
-_supports_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
 
 # Entries of the hidden layer per chunk of the forward pass, and tokens per chunk of the backward pass. The backward
 # pass holds six chunks at a time, which should fit in the cache.
@@ -25,20 +19,6 @@ _BACKWARD_TOKENS = 256
 # The GELU with tanh is x * sigmoid(x * (_SLOPE + _CUBIC * x^2)).
 _SLOPE = math.sqrt(8 / math.pi)
 _CUBIC = 0.044715 * _SLOPE
-
-
-def has_fused_linear(dtype: torch.dtype) -> bool:
-    """Return whether this PyTorch can compute a linear layer with its GELU in one pass on this processor.
-
-    Args:
-        dtype (torch.dtype): Dtype of the tokens and of the weights.
-
-    Returns:
-        bool: True on x86 for float32, and for bfloat16 if the processor supports it.
-    """
-    if _FUSED is None or not getattr(torch.backends.mkldnn, 'enabled', True):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(_supports_bfloat16()))
 
 
 def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None, approximate: str) -> Tensor:
@@ -71,8 +51,8 @@ class _ChunkedMLP(torch.autograd.Function):
         fused, outputs = x.is_cpu and has_fused_linear(x.dtype), []
         for chunk in x.split(max(FORWARD_ENTRIES // max(len(weight1), 1), 1)):
             if fused:
-                hidden = _FUSED(chunk, weight1, bias1, 'gelu', [], approximate)
-                outputs.append(_FUSED(hidden, weight2, bias2, 'none', [], ''))
+                hidden = fused_linear(chunk, weight1, bias1, approximate)
+                outputs.append(fused_linear(hidden, weight2, bias2))
             else:
                 outputs.append(_mlp(chunk, weight1, bias1, weight2, bias2, approximate))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -106,22 +86,24 @@ def _chunked_backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the tokens, ``W1``, ``b1`` and ``W2``."""
     for_x, for_weight1, for_bias1, for_weight2, *_ = ctx.needs_input_grad
+    x, grad, weight1, weight2 = (tensor.contiguous() for tensor in (x, grad, weight1, weight2))
     grad_x = torch.empty_like(x) if for_x else None
     grad_weight1 = torch.zeros_like(weight1) if for_weight1 else None
     grad_bias1 = torch.zeros_like(bias1) if for_bias1 else None
     grad_weight2 = torch.zeros_like(weight2) if for_weight2 else None
     for start in range(0, len(x), _BACKWARD_TOKENS):
         chunk = slice(start, start + _BACKWARD_TOKENS)
-        hidden = torch.addmm(bias1, x[chunk], weight1.t())
-        activated, grad_hidden = _gelu_and_gradient(hidden, grad[chunk] @ weight2, ctx.approximate)
+        hidden = outer_product(x[chunk], weight1).add_(bias1)
+        grad_activated = outer_product(grad[chunk], weight2.t())
+        activated, grad_hidden = _gelu_and_gradient(hidden, grad_activated, ctx.approximate)
         if grad_weight2 is not None:
-            grad_weight2.addmm_(grad[chunk].t(), activated)
+            grad_weight2 += outer_product(grad[chunk].t(), activated.t())
         if grad_weight1 is not None:
-            grad_weight1.addmm_(grad_hidden.t(), x[chunk])
+            grad_weight1 += outer_product(grad_hidden.t(), x[chunk].t())
         if grad_bias1 is not None:
             grad_bias1 += grad_hidden.sum(0)
         if grad_x is not None:
-            torch.mm(grad_hidden, weight1, out=grad_x[chunk])
+            grad_x[chunk] = outer_product(grad_hidden, weight1.t())
     return grad_x, grad_weight1, grad_bias1, grad_weight2
 
 

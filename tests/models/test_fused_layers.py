@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from soft_mm.models import blocks, fused_layers, soft
 from soft_mm.models.blocks import MLP
 from soft_mm.models.soft import PatchEmbed
+from soft_mm.ops import linear as linear_ops
 from soft_mm.ops import mlp as mlp_ops
 
-needs_fused = pytest.mark.skipif(not mlp_ops.has_fused_linear(torch.float32), reason='oneDNN on x86 fuses MLPs')
+needs_fused = pytest.mark.skipif(not linear_ops.has_fused_linear(torch.float32), reason='oneDNN on x86 fuses MLPs')
 
 
 def make_mlp(approximate='tanh', drop_rate=0.0):
@@ -329,7 +330,7 @@ def test_without_the_fused_operator(monkeypatch):
     mlp, x = make_mlp(), torch.randn(2, 7, 12)
     with torch.no_grad():
         found = mlp(x)
-        monkeypatch.setattr(mlp_ops, '_FUSED', None)
+        monkeypatch.setattr(linear_ops, '_FUSED', None)
         assert fused_layers.fused_dtype(x, mlp) is None
         torch.testing.assert_close(found, mlp(x), rtol=0, atol=1e-6)
 

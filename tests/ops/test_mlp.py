@@ -85,10 +85,12 @@ def test_transforms():
     torch.testing.assert_close(per_token, wanted)
 
 
-def test_odd_layouts(chunks):
-    """Transposed tokens and weights, and a gradient that is one number."""
-    inputs = make_inputs()
-    odd = [tensor.detach().t().contiguous().t().requires_grad_() if tensor.ndim == 2 else tensor for tensor in inputs]
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_odd_layouts(chunks, dtype):
+    """Transposed tokens and weights, biases with a stride, and a gradient that is one number."""
+    inputs = make_inputs(dtype)
+    odd = [tensor.detach().t().contiguous().t() if tensor.ndim == 2 else tensor.detach() for tensor in inputs]
+    odd = [(t if t.ndim == 2 else t.repeat_interleave(2)[::2]).requires_grad_() for t in odd]
     wanted = torch.autograd.grad(reference.mlp(*inputs, 'tanh').sum(), inputs)
     for one, other in zip(torch.autograd.grad(chunked_mlp(*odd, 'tanh').sum(), odd), wanted):
         torch.testing.assert_close(one, other)

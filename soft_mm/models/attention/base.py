@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from soft_mm import ops
 from soft_mm.ops.checks import check_integer, is_integer
 from soft_mm.ops.kernel import is_autocast_enabled, no_autocast
+from soft_mm.ops.linear import linear
 from soft_mm.ops.recording import has_variable
 from soft_mm.registry import MODELS, find_registered
+
+from ..fused_layers import call_linear
 
 # Largest seed of torch.Generator.
 MAX_SEED = 2**64 - 1
@@ -278,7 +281,7 @@ class BaseAttention(TokenAttention):
         out = merge_heads(self.attend(*projected, **options))
         if self.local is not None:
             out = out + self.local(merge_heads(projected[-1]), grid)
-        return self.proj(out)
+        return call_linear(self.proj, out)
 
     def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:
         """Compute rows of the attention matrix or their mean, without the local branch.
@@ -310,7 +313,7 @@ class WideProjection(nn.Linear):
         """Project ``(..., C)``."""
         autocast = is_autocast_enabled(x.device.type)
         if x.dtype != torch.float32 or not (autocast or self.weight.dtype != x.dtype):
-            return super().forward(x)
+            return linear(x, self.weight, self.bias)
         with no_autocast(x):
             out = nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return out if autocast else out.to(self.weight.dtype)
@@ -328,9 +331,25 @@ class QueryProjection(nn.Linear):
         super().__init__(embed_dims, embed_dims)
         self.query_scale = head_dims**-0.25
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Project tokens ``(B, n, C)`` to scaled queries ``(B, n, C)``."""
-        return nn.functional.linear(x, self.weight * self.query_scale, self.bias * self.query_scale)
+    def forward(self, x: Tensor, scaled: bool = False) -> Tensor:
+        """Project tokens ``(B, n, C)`` to queries ``(B, n, C)``.
+
+        Args:
+            x (Tensor): Tokens.
+            scaled (bool): Whether to apply the scale. Defaults to False: the output of ``nn.Linear``, to which the
+                adapter of a library may add a term.
+
+        Returns:
+            Tensor: Queries.
+        """
+        if not scaled:
+            return super().forward(x)
+        return linear(x, self.weight * self.query_scale, self.bias * self.query_scale)
+
+
+def scaled_queries(layer: nn.Module, x: Tensor, head_dims: int) -> Tensor:
+    """Return scaled queries ``(B, n, C)`` of a :class:`QueryProjection`, or of a layer that wraps or replaces it."""
+    return layer(x, scaled=True) if isinstance(layer, QueryProjection) else layer(x) * head_dims**-0.25
 
 
 class QueryValueProjection(nn.Linear):
@@ -348,12 +367,40 @@ class QueryValueProjection(nn.Linear):
         super().__init__(embed_dims if in_dims is None else in_dims, 2 * embed_dims)
         self.query_scale = head_dims**-0.25
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Project tokens ``(B, n, in_dims)`` to scaled queries and values, ``(B, n, C)`` each."""
+    def forward(self, x: Tensor, scaled: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """Project tokens ``(B, n, in_dims)`` to queries and values.
+
+        Args:
+            x (Tensor): Tokens.
+            scaled (bool): Whether to return scaled queries and values, ``(B, n, C)`` each. Defaults to False: the
+                output of ``nn.Linear``, to which the adapter of a library may add a term.
+
+        Returns:
+            Tensor | tuple[Tensor, ...]: ``(B, n, 2C)``, or with ``scaled`` queries and values.
+        """
+        if not scaled:
+            return super().forward(x)
         (q_weight, v_weight), (q_bias, v_bias) = self.weight.chunk(2), self.bias.chunk(2)
-        q = nn.functional.linear(x, q_weight * self.query_scale, q_bias * self.query_scale)
+        q = linear(x, q_weight * self.query_scale, q_bias * self.query_scale)
         # A second product, because the local branch would copy values that lie between queries.
-        return q, nn.functional.linear(x, v_weight, v_bias)
+        return q, linear(x, v_weight, v_bias)
+
+
+def scaled_queries_and_values(layer: nn.Module, x: Tensor, head_dims: int) -> tuple[Tensor, ...]:
+    """Return scaled queries and values of a :class:`QueryValueProjection`, or of a layer that wraps or replaces it.
+
+    Args:
+        layer (nn.Module): The layer.
+        x (Tensor): Tokens ``(B, n, in_dims)``.
+        head_dims (int): Channels ``d`` of a head.
+
+    Returns:
+        tuple[Tensor, ...]: Queries and values, ``(B, n, C)`` each.
+    """
+    if isinstance(layer, QueryValueProjection):
+        return layer(x, scaled=True)
+    q, v = layer(x).chunk(2, dim=-1)
+    return q * head_dims**-0.25, v
 
 
 class SharedQKAttention(BaseAttention):
@@ -370,7 +417,8 @@ class SharedQKAttention(BaseAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Project tokens ``(B, n, C)`` to scaled queries and values, each ``(B, h, n, d)``."""
-        return tuple(split_heads(part, self.num_heads) for part in self.qv(x))
+        projected = scaled_queries_and_values(self.qv, x, self.head_dims)
+        return tuple(split_heads(part, self.num_heads) for part in projected)
 
 
 def value_gradients(attend: Callable[[Tensor], Tensor], v: Tensor, points: Sequence[int] | None) -> Tensor:

@@ -15,6 +15,7 @@ from soft_mm.ops.checks import check_integer, is_integer
 from soft_mm.ops.kernel import compute_dtype
 from soft_mm.registry import MODELS
 
+from ..fused_layers import call_linear
 from .base import (
     MAX_SEED,
     BaseAttention,
@@ -47,7 +48,7 @@ class _QKVAttention(BaseAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Project tokens ``(B, n, C)`` to queries, keys and values, each ``(B, h, n, d)``."""
-        return tuple(split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return tuple(split_heads(part, self.num_heads) for part in call_linear(self.qkv, x).chunk(3, dim=-1))
 
 
 @MODELS.register_module()
@@ -262,7 +263,7 @@ class SpatialReductionAttention(BaseAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Project tokens ``(B, n, C)`` to queries ``(B, h, n, d)``. Returns the queries and the tokens themselves."""
-        return split_heads(self.q(x), self.num_heads), x
+        return split_heads(call_linear(self.q, x), self.num_heads), x
 
     def mask_projected(self, projected: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
         """Return the projected tensors: the second has the tokens themselves, which are 0 already."""
@@ -292,7 +293,7 @@ class SpatialReductionAttention(BaseAttention):
             maps = self.reduction(maps)
             grid = (maps.shape[-2], maps.shape[-1])
             x = self.norm(maps.flatten(2).transpose(1, 2))
-        k, v = (split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1))
+        k, v = (split_heads(part, self.num_heads) for part in call_linear(self.kv, x).chunk(2, dim=-1))
         return k, v, grid
 
     def rows(self, x: Tensor, grid: Sequence[int], points: list[int] | None) -> Tensor:

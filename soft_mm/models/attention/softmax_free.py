@@ -12,6 +12,7 @@ from soft_mm.ops.kernel import compute_dtype
 from soft_mm.ops.recording import has_dynamic_side, needs_standard_operators
 from soft_mm.registry import MODELS
 
+from ..fused_layers import call_linear
 from .base import (
     MAX_SEED,
     InitCfg,
@@ -25,6 +26,8 @@ from .base import (
     mask_tokens,
     merge_heads,
     patch_sides,
+    scaled_queries,
+    scaled_queries_and_values,
     split_heads,
 )
 
@@ -368,6 +371,7 @@ class SoftmaxFreeCrossAttention(LandmarkAttention):
         check_integer('ratio', ratio)
         kv_dims = embed_dims if kv_dims is None else kv_dims
         check_integer('kv_dims', kv_dims)
+        self.embed_dims, self.kv_dims = embed_dims, kv_dims
         self.q = QueryProjection(embed_dims, self.head_dims)
         self.kv = QueryValueProjection(embed_dims, self.head_dims, kv_dims)
         self.set_options(
@@ -394,7 +398,7 @@ class SoftmaxFreeCrossAttention(LandmarkAttention):
             ValueError: If the shapes of ``query`` and ``key_value`` do not fit each other or the module, the grid does
                 not fit ``key_value``, or the mask does not fit ``key_value``.
         """
-        for name, tokens, dims in (('query', query, self.q.in_features), ('key_value', key_value, self.kv.in_features)):
+        for name, tokens, dims in (('query', query, self.embed_dims), ('key_value', key_value, self.kv_dims)):
             if tokens.ndim != 3 or tokens.shape[-1] != dims:
                 raise ValueError(f'{name} of shape {tuple(tokens.shape)}: expected (B, n, {dims})')
         if query.shape[0] != key_value.shape[0]:
@@ -404,11 +408,12 @@ class SoftmaxFreeCrossAttention(LandmarkAttention):
         grid = self.map_grid(grid, key_value.shape[1])
         if mask is not None:
             key_value = mask_tokens(key_value, mask)
-        q = split_heads(self.q(query), self.num_heads)
-        k, v = (split_heads(part, self.num_heads) for part in self.kv(key_value))
+        q = split_heads(scaled_queries(self.q, query, self.head_dims), self.num_heads)
+        projected = scaled_queries_and_values(self.kv, key_value, self.head_dims)
+        k, v = (split_heads(part, self.num_heads) for part in projected)
         if mask is not None:
             k, v = mask_heads(k, mask), mask_heads(v, mask)
-        return self.proj(merge_heads(self.attend_landmarks(q, v, grid, mask, k)))
+        return call_linear(self.proj, merge_heads(self.attend_landmarks(q, v, grid, mask, k)))
 
 
 def normalized_options(module: nn.Module, skip: Collection[str] = ()) -> list[bool]:
