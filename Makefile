@@ -1,7 +1,7 @@
 # All targets need Python 3.10 to 3.12 and a C++ compiler. Everything else is installed into .venv/.
 .DEFAULT_GOAL := help
 .PHONY: help python env demo requirements demo demo-scratch experiments landmarks test \
-	test-long test-gpu test-openmmlab mutants lint audit docs clean-env
+	test-long test-gpu test-openmmlab coverage mutants lint audit docs clean-env
 
 # The interpreter of an existing .venv/ is tried first, so that a newer python3 does not replace it.
 PYTHON ?= $(shell for python in "$$(readlink -f .venv/bin/python)" python3 python3.12 python3.11 python3.10; do \
@@ -97,6 +97,11 @@ test-openmmlab: python ## run the tests with OpenMMLab's own packages, in .venv-
 		--no-python-downloads --python .venv-openmmlab $(call with_cuda,mmcv) \
 		--config-settings-package mmcv:torch=$(filter torch==%,$(BUILD_OF_OPENMMLAB)) requirements/openmmlab.txt
 	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python $(PYTEST)
+
+# The processes that the tests start are not counted.
+coverage: env ## run the tests, and print the lines of soft_mm/ that they do not reach
+	OMP_NUM_THREADS=1 .venv/bin/uv run -q --no-project --no-python-downloads --python .venv/bin/python \
+		--with pytest-cov==7.0.0 python $(PYTEST) --cov=soft_mm --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # uv installs cosmic-ray into a separate environment in its cache. Each part takes 40 minutes on one core.
 mutants: env ## mutation testing of soft_mm/ops and soft_mm/checkpoints
