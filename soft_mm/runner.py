@@ -47,7 +47,7 @@ class ConfigOptions(DictAction):
         option_string: str | None = None,
     ) -> None:
         """Read ``KEY=VALUE`` pairs."""
-        literals, others = {}, []
+        options = dict(getattr(namespace, self.dest) or {})
         for pair in values:
             key, sign, text = pair.partition('=')
             if not sign:
@@ -62,12 +62,8 @@ class ConfigOptions(DictAction):
                     )
                 # A list of quoted strings.
                 value = None
-            if value is None:
-                others.append(pair)
-            else:
-                literals[key] = value
-        super().__call__(parser, namespace, others, option_string)
-        getattr(namespace, self.dest).update(literals)
+            options[key] = self._parse_iterable(text) if value is None else value
+        setattr(namespace, self.dest, options)
 
 
 def _read_literal(text: str) -> Any:
@@ -80,7 +76,11 @@ def _read_literal(text: str) -> Any:
 
 def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
-        return {keyword.arg: _evaluate(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError('** in a dict')
+        return {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Set):
+        raise ValueError('a set')
     return ast.literal_eval(node)
 
 

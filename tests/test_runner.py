@@ -388,9 +388,16 @@ def test_options_of_the_command_line():
     )
 
 
+def test_the_last_option_of_a_name_wins():
+    assert options_of("a='x y'", 'a=z') == dict(a='z')
+    assert list(options_of('m=dict(_delete_=True)', 'm.type=B')) == ['m', 'm.type']
+
+
 @pytest.mark.parametrize(
     ('pair', 'message'),
     [
+        ("model=dict(a=1, **{'b': 2})", 'is not a dict of numbers, strings'),
+        ('model={1, 2}', 'is not a dict of numbers, strings'),
         ('model', 'expected KEY=VALUE'),
         ('model={1: x}', 'is not a dict of numbers, strings'),
         ('model=dict(type=name)', 'is not a dict of numbers, strings'),

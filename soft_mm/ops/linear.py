@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernel import is_autocast_enabled
+from .kernel import is_autocast_enabled, no_autocast
 from .recording import is_batch_of_gradients, is_recorded
 
 # oneDNN's product, with an activation on each block of the result, which `torch.compile` uses for frozen weights.
@@ -52,8 +52,8 @@ def outer_product(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a b^T``, by oneDNN where that is possible, without a gradient.
 
     Args:
-        a (Tensor): ``(n, k)``. oneDNN is slow if neither its rows nor its columns are dense.
-        b (Tensor): ``(m, k)``, the same.
+        a (Tensor): ``(n, k)``. It is copied if its rows are not dense.
+        b (Tensor): ``(m, k)``. The product is slow if neither its rows nor its columns are dense.
 
     Returns:
         Tensor: ``(n, m)``.
@@ -68,20 +68,22 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
         return fused_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled() or is_batch_of_gradients(grad):
-            # oneDNN's product has no gradient of its own, and no rule for batches.
-            grad_x, grad_weight = grad @ weight if for_x else None, grad.t() @ x if for_weight else None
-        else:
-            grad = grad.contiguous()
-            grad_x = outer_product(grad, weight.t()) if for_x else None
-            grad_weight = outer_product(grad.t(), x.t()) if for_weight else None
+        with no_autocast(grad):
+            if torch.is_grad_enabled() or is_batch_of_gradients(grad):
+                # oneDNN's product has no gradient of its own, and no rule for batches.
+                grad_x, grad_weight = grad @ weight if for_x else None, grad.t() @ x if for_weight else None
+            else:
+                grad = grad.contiguous()
+                grad_x = outer_product(grad, weight.t()) if for_x else None
+                grad_weight = outer_product(grad.t(), x.t()) if for_weight else None
         return grad_x, grad_weight, grad.sum(0) if for_bias else None
 
 
@@ -98,9 +100,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if is_recorded() or is_autocast_enabled('cpu') or not has_fused_linear(torch.float32):
         return nn.functional.linear(x, weight, bias)
-    # Other classes of tensors have their own products. PyTorch explains what does not fit.
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 for t in (x, weight, bias))
-    if not plain or x.numel() == 0 or x.ndim < 2 or x.shape[-1] != weight.shape[-1]:
+    # Other kinds of tensors have their own products. PyTorch explains what does not fit.
+    plain = all(
+        type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided
+        for t in (x, weight, bias)
+    )
+    fits = (
+        plain and x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1] and bias.shape == weight.shape[:1]
+    )
+    if not fits or x.numel() == 0:
         return nn.functional.linear(x, weight, bias)
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     return _Linear.apply(tokens, weight.contiguous(), bias).view(*x.shape[:-1], len(weight))

@@ -103,6 +103,27 @@ def test_what_pytorch_does_itself():
         linear(x[:, :4], weight, bias)
     with pytest.raises(RuntimeError, match='dtype'):
         linear(x, weight.double(), bias.double())
+    for other in (bias[:1], bias[0]):
+        torch.testing.assert_close(linear(x, weight, other), plain_linear(x, weight, other))
+    torch.testing.assert_close(linear(x, weight[0], None), plain_linear(x, weight[0]))
+    torch.testing.assert_close(linear(x, weight.to_sparse_csr(), bias), plain_linear(x, weight, bias))
+
+
+@pytest.mark.parametrize('learned', [0, 1])
+def test_nothing_is_saved_for_a_gradient_that_is_not_needed(learned):
+    inputs, saved = make_inputs(), []
+    inputs[learned].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear(*inputs)
+    assert len(saved) == 1 and torch.equal(saved[0], inputs[1 - learned])
+
+
+def test_backward_passes_do_not_follow_autocast():
+    x, weight, bias = make_inputs()
+    out = linear(x.requires_grad_(), weight, bias).sum()
+    with torch.autocast('cpu', torch.bfloat16):
+        (found,) = torch.autograd.grad(out, x, create_graph=True)
+    torch.testing.assert_close(found, torch.ones(7, 3) @ weight)
 
 
 def test_transforms_compilation_and_forward_mode():
