@@ -113,11 +113,14 @@ def write_ade20k(root):
             save(root / f'annotations/{folder}/{name}.png', labels * 21 if number else labels * 0)
 
 
-def write_cityscapes(root, size):
-    """Write Cityscapes' layout: one folder per city, labels 0 to 18 and 255. One image has no labels at all."""
+def write_cityscapes(root, size, portraits=True):
+    """Write Cityscapes' layout: one folder per city, labels 0 to 18 and 255. One image has no labels at all.
+
+    Without ``portraits``, all images have the same size, as a training with whole images needs.
+    """
     for split, images in photographs().items():
         for number, image in enumerate(images):
-            image = image if image.shape[0] > image.shape[1] else cv2.resize(image, size)
+            image = image if portraits and image.shape[0] > image.shape[1] else cv2.resize(image, size)
             name, labels = f'ulm/ulm_{number:06}_000019', regions(image, 20)
             labels[labels == 19] = 255
             save(root / f'leftImg8bit/{split}/{name}_leftImg8bit.png', image)
@@ -222,7 +225,7 @@ def test_cityscapes_mask2former(tmp_path):
 
 def test_cityscapes_upernet(tmp_path):
     """Whole images of a quarter of the width and height: a step at 1024x2048 takes minutes on a CPU."""
-    write_cityscapes(tmp_path / 'data/cityscapes', (512, 256))
+    write_cityscapes(tmp_path / 'data/cityscapes', (512, 256), portraits=False)
     change = """
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = (512, 256)
