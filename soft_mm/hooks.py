@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from soft_mm.ops.checks import check_bool
 from soft_mm.registry import HOOKS
-from soft_mm.utils import DataError, atomic_path
+from soft_mm.utils import DataError, atomic_path, remove_unfinished
 
 
 class AtomicBackend(LocalBackend):
@@ -73,32 +73,6 @@ class _DelayedRemoval:
         self._noted.clear()
 
 
-def _is_running(process: int) -> bool:
-    """Find out whether another process of this machine exists."""
-    if process == os.getpid():
-        # In containers, a new process often has the id of the old one.
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        # Another user's process.
-        pass
-    return True
-
-
-def _remove_unfinished(folder: str | Path) -> None:
-    """Remove the temporary files of processes that have ended, see :func:`~soft_mm.utils.atomic_path`."""
-    for file in Path(folder).glob('.*.part'):
-        writer = file.name.split('.')[-2]
-        # On Windows, the question itself would end the process. There, the system keeps files that are open.
-        if os.name != 'nt' and writer.isdecimal() and _is_running(int(writer)):
-            continue
-        with contextlib.suppress(PermissionError):
-            file.unlink(missing_ok=True)
-
-
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """Save checkpoints as mmengine's ``CheckpointHook`` does, but never leave a work directory without the last one.
@@ -120,7 +94,7 @@ class SafeCheckpointHook(CheckpointHook):
         if local and type(self.file_backend) is LocalBackend:
             self.backend_args = dict(backend='soft_mm_atomic')
             if is_main_process():
-                _remove_unfinished(self.out_dir)
+                remove_unfinished(self.out_dir)
         self.file_backend = _DelayedRemoval(self.file_backend)
 
     def _remove_outdated(self) -> None:
@@ -152,7 +126,8 @@ class MissingGradientHook(Hook):
     """Warn after the first training step if parameters that should learn got no gradient.
 
     The cause is often reentrant activation checkpointing (``activation_checkpointing`` of mmengine's runner), or a head
-    that does not use an output of the backbone. Models in FSDP are not watched: it sets the gradients by itself.
+    that does not use an output of the backbone. Models in FSDP are not watched, because FSDP sets
+    their gradients without autograd.
     """
 
     def __init__(self) -> None:

@@ -167,6 +167,41 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def process_exists(process: int) -> bool:
+    """Find out whether a process of this machine exists. Not for Windows, where the question itself would end it.
+
+    Args:
+        process (int): Process id.
+
+    Returns:
+        bool: Whether it exists, of whichever user.
+    """
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # Another user's process.
+        pass
+    return True
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove the temporary files of :func:`atomic_path` whose processes have ended.
+
+    Args:
+        folder (str | Path): Folder in which they wrote.
+    """
+    for file in Path(folder).glob('.*.part'):
+        writer = file.name.split('.')[-2]
+        # In containers, a new process often has the id of the old one. Windows itself keeps files that are open.
+        other = os.name != 'nt' and writer.isdecimal() and int(writer) != os.getpid()
+        if other and process_exists(int(writer)):
+            continue
+        with contextlib.suppress(PermissionError):
+            file.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8.
 

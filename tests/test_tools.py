@@ -265,7 +265,7 @@ def test_metrics_that_cannot_be_written_are_refused_before_the_evaluation(checkp
 
 
 def test_pictures_with_one_name_are_refused_before_the_evaluation(workspace, checkpoints, tmp_path, monkeypatch):
-    """mmdet would write the picture of the second image over that of the first."""
+    """In mmdet, the picture of the second image would replace the picture of the first."""
     monkeypatch.chdir(workspace)
     source = workspace / 'data/photo_digits_demo'
     annotations = json.loads((source / 'annotations/instances_val.json').read_text())

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from soft_mm.utils import process_exists
+
 try:
     import fcntl
 except ImportError:
@@ -41,13 +43,9 @@ def _owner(file):
         # The lock ends with this process itself.
         return text
     try:
-        os.kill(int(text), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
+        return text if process_exists(int(text)) else None
+    except ValueError:
         return None
-    except PermissionError:
-        # Another user's process.
-        pass
-    return text
 
 
 def inherited_files():

@@ -99,8 +99,8 @@ class PatchEmbed(nn.Sequential):
         layers: list[Any] = list(self)
         kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) * (len(layers) // 3)
         fuses = not torch.is_grad_enabled() and can_fuse(x, layers, kinds)
-        # Filters in half precision would be rounded once more when they are folded. Autocast rounds them once, as it
-        # rounds those of the layers.
+        # Filters in half precision would be rounded again when they are folded. Autocast rounds folded filters once, as
+        # it rounds the filters of the layers.
         if not fuses or any(tensor.dtype != torch.float32 for tensor in (x, *self.parameters())):
             return super().forward(x)
         for conv, norm in zip(layers[::3], layers[1::3]):

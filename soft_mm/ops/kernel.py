@@ -126,7 +126,7 @@ def gaussian_kernel(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Tensor: ``(..., n, m)`` with entries in [0, 1], in float32 or wider, even inside autocast.
     """
-    # Powers of two are several times faster than those of e on some processors. ONNX has none.
+    # On some processors, exp2 is several times faster than exp. ONNX does not have it.
     uses_exp2 = not needs_standard_operators()
     a, b = a.to(compute_dtype(a)), b.to(compute_dtype(b))
     if uses_exp2:

@@ -10,8 +10,8 @@ from .kernel import is_autocast_enabled, no_autocast
 from .recording import is_batch_of_gradients, is_recorded
 
 # oneDNN's product, with an activation on each block of the result, which `torch.compile` uses for frozen weights.
-# PyTorch's own products use MKL, which takes twice the time on processors of AMD. PyTorch's own GELU with tanh is
-# several times slower than its GELU with erf. Only x86 was measured.
+# PyTorch uses MKL for products, which takes twice the time on processors of AMD. In PyTorch, GELU with tanh is several
+# times slower than GELU with erf. Only x86 was measured.
 _ON_X86 = torch.backends.mkldnn.is_available() and platform.machine().lower() in ('x86_64', 'amd64')
 _FUSED: Any = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if _ON_X86 else None
 _supports_bfloat16 = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: False)
@@ -78,7 +78,7 @@ class _Linear(torch.autograd.Function):
         for_x, for_weight, for_bias = ctx.needs_input_grad
         with no_autocast(grad):
             if torch.is_grad_enabled() or is_batch_of_gradients(grad):
-                # oneDNN's product has no gradient of its own, and no rule for batches.
+                # PyTorch cannot differentiate the operator of oneDNN, or apply it to a batch of gradients.
                 grad_x, grad_weight = grad @ weight if for_x else None, grad.t() @ x if for_weight else None
             else:
                 grad = grad.contiguous()
@@ -100,7 +100,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if is_recorded() or is_autocast_enabled('cpu') or not has_fused_linear(torch.float32):
         return nn.functional.linear(x, weight, bias)
-    # Other kinds of tensors have their own products. PyTorch explains what does not fit.
+    # PyTorch computes with other kinds of tensors, and has the error messages for shapes that do not fit.
     plain = all(
         type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided
         for t in (x, weight, bias)
